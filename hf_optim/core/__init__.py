@@ -1,0 +1,46 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The engine. Optimizer and flag files import from here and from nowhere else."""
+
+from .base import Optimizer
+from .flags import FLAGS, STAGES, Flag
+from .maths import (
+    agrees,
+    along,
+    amax,
+    factored_rsqrt,
+    mean_square,
+    pack_signs,
+    rms,
+    square_shape,
+    two_largest,
+    unpack_signs,
+)
+from .options import Option, by_pattern, hp, parse_options
+from .sharding import Slot, keep, like, without
+
+
+__all__ = [
+    "FLAGS",
+    "STAGES",
+    "Flag",
+    "Optimizer",
+    "Option",
+    "Slot",
+    "agrees",
+    "along",
+    "amax",
+    "by_pattern",
+    "factored_rsqrt",
+    "hp",
+    "keep",
+    "like",
+    "mean_square",
+    "pack_signs",
+    "parse_options",
+    "rms",
+    "square_shape",
+    "two_largest",
+    "unpack_signs",
+    "without",
+]

@@ -1,0 +1,100 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Loading that keeps dtypes, and looks before it writes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .pipeline import View
+
+
+if TYPE_CHECKING:
+    from .base import Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[[dict[str, Any]], None]) -> None:
+    """Run torch's `load_state_dict`, then put the saved tensors back as they were saved.
+
+    torch casts every state tensor to the parameter's dtype (fp32 statistics of bf16 weights, packed bits), in a static
+    method that a subclass cannot override. Hooks of the user may replace the dict, so it is captured by a hook that
+    runs after theirs.
+    """
+    captured: dict[str, Any] = {}
+
+    def capture(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+        captured.update(optimizer.convert_state_dict(given))
+        check(optimizer, captured)
+        # options that this version added after the checkpoint was written
+        captured["param_groups"] = [{**_missing(optimizer, g), **g} for g in captured["param_groups"]]
+        return captured
+
+    def restore(_: Any) -> None:
+        for p, key in pairs(optimizer, captured):
+            for name, value in captured["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    optimizer.state[p][name] = value.detach().to(device=p.device, copy=True)
+                else:
+                    optimizer.state[p][name] = copy.deepcopy(value)
+
+    pre = optimizer.register_load_state_dict_pre_hook(capture)
+    post = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
+    try:
+        torch_load(state_dict)
+    finally:
+        pre.remove()
+        post.remove()
+
+
+def _missing(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.defaults.items() if name not in group}
+
+
+def pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
+    """Parameters with the keys of their saved state, in order."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    return list(zip(optimizer.parameters(), keys))
+
+
+def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse the checkpoint of another optimizer or model before anything is changed."""
+    own = type(optimizer).__name__
+    groups = state_dict["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        return  # torch has an error of its own for this, and raises it before it writes
+    for group in groups:
+        saved = group.get("optimizer")
+        if saved != own:
+            what = saved or f"another optimizer (its options are {', '.join(k for k in group if k != 'params')})"
+            raise ValueError(f"{own} cannot load this checkpoint: it was saved by {what}; nothing was changed")
+    of_each = [{**_missing(optimizer, group), **group} for group in groups for _ in group["params"]]
+    for (p, key), group in zip(pairs(optimizer, state_dict), of_each):
+        state = state_dict["state"].get(key)
+        needed = {name: tuple(slot.shape) for name, slot in optimizer.slots(p, View(group)).items()}
+        found = {k: tuple(x.shape) for k, x in (state or {}).items() if isinstance(x, Tensor) and k != "step"}
+        if state and found != needed:
+            raise ValueError(
+                f"{own} cannot load this checkpoint: parameter {key} of shape {tuple(p.shape)} needs state {needed}, "
+                f"the checkpoint has {found}; nothing was changed"
+            )
+    _tell_overridden(optimizer, groups)
+
+
+def _tell_overridden(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """A checkpoint brings its options along, as in every torch optimizer: say so where they differ."""
+    differ = {
+        f"`{name}` {group[name]!r} (not {now[name]!r})"
+        for group, now in zip(groups, optimizer.param_groups)
+        for name in optimizer.static_options()
+        if name in group and group[name] != now[name]
+    }
+    if differ:
+        owner = type(optimizer).__name__
+        logger.warning("%s continues with the options of the checkpoint: %s", owner, ", ".join(sorted(differ)))

@@ -1,0 +1,92 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Small formulas that several papers share. Everything here works on plain tensors and on DTensors alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .precision import back, exact
+from .sharding import amax
+
+
+__all__ = [
+    "agrees",
+    "along",
+    "amax",
+    "factored_rsqrt",
+    "mean_square",
+    "pack_signs",
+    "rms",
+    "square_shape",
+    "two_largest",
+    "unpack_signs",
+]
+
+
+def mean_square(x: Tensor) -> Tensor:
+    return x.square().mean()
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of all entries, a 0-d tensor."""
+    return mean_square(x).sqrt()
+
+
+def agrees(a: Tensor, b: Tensor) -> Tensor:
+    """1 where both have the same sign, -1 where they differ, 0 where one is 0. Never the product: it underflows."""
+    return a.sign() * b.sign()
+
+
+def factored_rsqrt(row: Tensor, col: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The two factors R, C with `R_i C_j = 1 / sqrt(row_i col_j / mean(row))`, the mean over `axis` of `row`.
+
+    Formed in float64 and rounded once: no ratio of tiny numbers is taken, so a dead row crossed with a dead column
+    stays finite, and two fp32 multiplications are all that a matrix entry sees.
+    """
+    row64, col64 = exact(row), exact(col)
+    return back(row64.rsqrt() * row64.mean(axis, keepdim=True).sqrt(), row), back(col64.rsqrt(), col)
+
+
+def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
+    """A statistic per index of one axis, shaped to be combined with the whole tensor."""
+    return vector.view([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def two_largest(shape: Sequence[int]) -> tuple[int, int]:
+    """The two longest axes, in order; the later ones win a tie (the last two of a stack of square matrices)."""
+    first = max_axis(shape, range(len(shape)))
+    second = max_axis(shape, [a for a in range(len(shape)) if a != first])
+    return (first, second) if first < second else (second, first)
+
+
+def max_axis(shape: Sequence[int], axes: Sequence[int]) -> int:
+    """The longest of these axes, the last one of a tie. Plain comparisons: sizes may be symbols of the compiler."""
+    best = axes[0]
+    for a in axes:
+        if shape[a] >= shape[best]:
+            best = a
+    return best
+
+
+def square_shape(numel: int) -> tuple[int, int]:
+    """The factorisation `(a, b)` of `numel` nearest to a square, a >= b; (numel, 1) for a prime."""
+    b = next(d for d in range(math.isqrt(numel), 0, -1) if numel % d == 0) if numel else 1
+    return numel // b, b
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """Bits `x > 0` of an (m, n) matrix, eight to a byte: (m, ceil(n / 8)) uint8, rows byte-aligned, low bit first."""
+    m, n = x.shape
+    bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -n % 8)).view(m, -1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:
+    """+1 and -1 (for a bit that is 0) as an (m, n) matrix in the dtype of `ref`."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return back(bits.flatten(-2)[..., :n], ref) * 2 - 1

@@ -1,0 +1,130 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The one step: read, gradient stage, update, update stage, decay stage, parameter stage, write.
+
+`step_tensor` is what the loop calls, what `torch.compile` fuses and what runs inside backward under gradient release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import precision, sharding
+from .flags import Flag
+
+
+if TYPE_CHECKING:
+    from .base import Optimizer
+
+KAHAN = "residual"  # state of `precision="kahan"`
+
+
+class View:
+    """Names for values: `h` (options and scalars), `s` (state) and `c` (context). Dynamo can trace it."""
+
+    if TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:  # reached only for a name that is not there
+        raise AttributeError(f"{name!r} is not among {', '.join(vars(self))}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a step that does not change from step to step: the key of the compiled code."""
+
+    rule: type[Optimizer]
+    static: tuple[tuple[str, Any], ...]  # options that are constants of the compiled code
+    dynamic: tuple[str, ...]  # scalars that change: lr, weight_decay and what scalars() and prepare() return
+    flags: tuple[type[Flag], ...]
+    buffers: tuple[str, ...]
+    rounding: str  # nearest | stochastic | kahan, for this tensor's dtype
+    narrow: tuple[str, ...]  # bf16 state, always rounded stochastically (nearest would stall an average)
+
+    @property
+    def noisy(self) -> bool:
+        return self.rounding == "stochastic" or bool(self.narrow)
+
+    @property
+    def elementwise(self) -> bool:
+        return self.rule.elementwise and all(f.elementwise for f in self.flags)
+
+    def stage(self, name: str) -> list[type[Flag]]:
+        return [f for f in self.flags if f.stage == name]
+
+    def hyper(self, values: dict[str, Any]) -> View:
+        """`h`: the options as Python constants, the changing scalars as floats or 0-d tensors, and `ratio`."""
+        h = View(dict(self.static) | values)
+        for flag in self.stage("ratio"):
+            h.ratio = _bind(flag, h)
+        return h
+
+
+def _bind(flag: type[Flag], h: View) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda num, den: flag.apply(num, den, h)  # type: ignore[attr-defined]
+
+
+def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> View:
+    """Parameter, gradient (after the gradient stage) and state in compute precision."""
+    s = View({name: precision.widen(bufs[name]) for name in spec.buffers})
+    c = View({"p": precision.read_weight(p, bufs.get(KAHAN)), "g": precision.widen(g), "s": s, "h": h})
+    for flag in spec.stage("gradient"):
+        c.g = flag.apply(c.g, c)  # type: ignore[attr-defined]
+    return c
+
+
+def step_tensor(
+    spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View, salt: Any = 0, offset: Any = 0
+) -> Any:
+    """One step of one tensor, in place on `p` and `bufs`; `g` is only read.
+
+    Returns:
+        The step size that was used: `h.lr`, or what the rule returned beside its direction.
+    """
+    c = read(spec, p, g, bufs, h)
+    out = spec.rule.update(c.g, c.p, c.s, h)
+    c.u, c.lr = out if isinstance(out, tuple) else (out, h.lr)
+    u = c.u
+    for flag in spec.stage("update"):
+        u = flag.apply(u, c)  # type: ignore[attr-defined]
+    new = c.p
+    for flag in spec.stage("decay"):
+        new = flag.apply(new, c)  # type: ignore[attr-defined]
+    new = new - c.lr * u
+    for flag in spec.stage("parameter"):
+        new = flag.apply(new, c)  # type: ignore[attr-defined]
+    _write(spec, p, new, bufs, c.s, salt, offset)
+    return c.lr
+
+
+def _write(spec: Spec, p: Tensor, new: Tensor, bufs: dict[str, Tensor], s: View, salt: Any, offset: Any) -> None:
+    for channel, name in enumerate(spec.buffers, 1):
+        _store(bufs[name], getattr(s, name), name in spec.narrow, salt, offset, channel)
+    if spec.rounding == "kahan":
+        value = sharding.local(sharding.match(new, p))
+        precision.write_kahan(sharding.local(p), sharding.local(bufs[KAHAN]), value)
+    else:
+        _store(p, new, spec.rounding == "stochastic", salt, offset, 0)
+
+
+def _store(buffer: Tensor, value: Tensor, stochastic: bool, salt: Any, offset: Any, channel: int) -> None:
+    value, buffer = sharding.local(sharding.match(value, buffer)), sharding.local(buffer)
+    if stochastic:
+        precision.write_stochastic(buffer, value, precision.noise_bits(value, salt, offset, channel))
+    else:
+        precision.write_nearest(buffer, value)
+
+
+def measure_tensor(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> dict[str, Tensor]:
+    """This tensor's part of the rule's whole-model sums; nothing is written."""
+    c = read(spec, p, g, bufs, h)
+    return spec.rule.measure(c.g, c.p, c.s, h)

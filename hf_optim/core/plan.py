@@ -1,0 +1,136 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What a step will run on: parameters gathered into calls that share a group, a spec and a step count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import precision, sharding
+from .pipeline import KAHAN, Spec
+
+
+if TYPE_CHECKING:
+    from .base import Optimizer
+
+
+@dataclass
+class Item:
+    """One parameter of a call. `weight` and `bufs` are what the rule runs on: local shards of elementwise rules, flat
+    aliases where everything is contiguous, else the tensors themselves."""
+
+    p: Tensor
+    state: dict[str, Any]
+    index: int  # position among all parameters of the optimizer: part of the rounding noise
+    offset: int
+    flat: bool
+    weight: Tensor
+    bufs: dict[str, Tensor]
+    pointer: int
+
+    def gradient(self, elementwise: bool) -> Tensor:
+        g = self.p.grad
+        assert g is not None
+        g = sharding.local(g) if elementwise else g
+        return flatten(g) if self.flat else g.detach()
+
+    def current(self) -> bool:
+        """Whether storage, state and gradient layout are still those the aliases were made from."""
+        g, p = self.p.grad, self.p
+        return (
+            g is not None
+            and sharding.local(p.detach()).data_ptr() == self.pointer
+            and (not self.flat or sharding.local(g).is_contiguous())
+        )
+
+
+@dataclass
+class Call:
+    """Items that one piece of code may run on together."""
+
+    position: int  # of the group
+    group: dict[str, Any]
+    spec: Spec
+    items: list[Item] = field(default_factory=list)
+
+    @property
+    def t(self) -> int:
+        return self.items[0].state["step"]
+
+
+def flatten(x: Tensor) -> Tensor:
+    """A base-free 1-D alias: Dynamo guards on `_base`, and one graph then serves every shape."""
+    return x.detach().view(-1).detach()
+
+
+class Plan:
+    """The calls of one step. Rebuilt when the set of gradients, a storage or a group changes."""
+
+    def __init__(self, optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> None:
+        self.signature = signature(optimizer)
+        self.calls = _gather(optimizer, scalars)
+
+    def current(self, optimizer: Optimizer) -> bool:
+        return self.signature == signature(optimizer) and all(
+            item.current() for call in self.calls for item in call.items
+        )
+
+
+def signature(optimizer: Optimizer) -> list[Any]:
+    """The static options of every group, and which of its parameters (by identity) have a gradient now."""
+    seen: list[Any] = []
+    for group in optimizer.param_groups:
+        seen.append([v for k, v in group.items() if k in optimizer.static_options()])
+        seen.append([id(p) for p in group["params"] if p.grad is not None])
+        seen.append([id(optimizer.state[p]) for p in group["params"] if p.grad is not None])
+    return seen
+
+
+def with_gradient(optimizer: Optimizer) -> Iterator[tuple[int, int, Tensor]]:
+    """(index, position of the group, parameter) for every parameter that this step will move."""
+    index = 0
+    for position, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.grad is not None and p.numel():
+                yield index, position, p
+            index += 1
+
+
+def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call]:
+    calls: dict[Any, Call] = {}
+    for index, position, p in with_gradient(optimizer):
+        group, state = optimizer.param_groups[position], optimizer.state[p]
+        spec = optimizer.spec(group, p, scalars[position])
+        item = make_item(spec, p, state, index)
+        shape = () if item.flat else tuple(item.weight.shape)
+        key = (position, spec, state["step"], item.weight.dtype, item.weight.device, item.flat, shape)
+        calls.setdefault(key, Call(position, group, spec)).items.append(item)
+    return list(calls.values())
+
+
+def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
+    if p.grad is None or p.grad.layout != torch.strided:
+        layout = None if p.grad is None else p.grad.layout
+        raise RuntimeError(f"{spec.rule.__name__} needs dense gradients, got {layout}; use `sparse=False`")
+    names = [*spec.buffers, *([KAHAN] if spec.rounding == "kahan" else [])]
+    weight, g, bufs = p.detach(), p.grad, {name: state[name] for name in names}
+    if spec.elementwise:
+        weight, g = sharding.local(weight), sharding.local(g)
+        bufs = {name: sharding.local(b) for name, b in bufs.items()}
+    pointer = sharding.local(weight).data_ptr()
+    flat = (
+        spec.elementwise
+        and weight.numel() > 1
+        and all(b.shape == weight.shape and b.is_contiguous() for b in bufs.values())
+        and weight.is_contiguous()
+        and g.is_contiguous()
+    )
+    if flat:
+        weight, bufs = flatten(weight), {name: flatten(b) for name, b in bufs.items()}
+    offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
+    return Item(p, state, index, offset, flat, weight, bufs, pointer)

@@ -1,0 +1,96 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient release: the step of each parameter runs in backward, so gradients never exist all at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import sharding
+from .plan import Call, make_item
+
+
+if TYPE_CHECKING:
+    from .base import Optimizer
+
+
+class Release:
+    """Handle of the hooks that step parameters as their gradients arrive; `remove()` takes them away."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.scalars: list[dict[str, Tensor]] | None = None  # of the step that backward is in the middle of
+        self.used: list[Any] = []
+        self._refuse()
+        self.handles = []
+        for index, p in enumerate(optimizer.parameters()):
+            if p.requires_grad:
+                self.handles.append(p.register_post_accumulate_grad_hook(self._hook(index)))
+
+    def _refuse(self) -> None:
+        owner = type(self.optimizer).__name__
+        for group in self.optimizer.param_groups:
+            needs = self.optimizer.sums(self.optimizer._group_view(group))
+            if needs:
+                raise ValueError(f"{owner}: {', '.join(needs)} needs all gradients at once; drop gradient release")
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and not all(sharding.is_sharded(p) for p in self.optimizer.parameters()):
+            raise ValueError(
+                f"{owner}: under DDP a gradient is averaged after the hook that would use it; use FSDP2 (and call "
+                "release_gradients after fully_shard), or drop gradient release"
+            )
+
+    def _hook(self, index: int) -> Any:
+        seen = [-1]  # step of the optimizer in which this parameter was last stepped
+
+        def hook(p: Tensor) -> None:
+            if p.grad is None:
+                return
+            with torch.no_grad():
+                if self.scalars is None:
+                    self.optimizer._materialize()
+                    self.scalars = self.optimizer._begin()
+                    self.used = []
+                position = self._position(p)
+                group = self.optimizer.param_groups[position]
+                if seen[0] == group["step"]:
+                    raise RuntimeError(
+                        f"{type(self.optimizer).__name__}: a second gradient arrived before step(). Gradient release "
+                        "cannot accumulate gradients, nor run with reentrant checkpointing: call step() after every "
+                        "backward(), and use `use_reentrant=False`"
+                    )
+                seen[0] = group["step"]
+                self._step(position, p, index)
+                p.grad = None
+
+        return hook
+
+    def _position(self, p: Tensor) -> int:
+        groups = self.optimizer.param_groups
+        return next(i for i, group in enumerate(groups) if any(q is p for q in group["params"]))
+
+    def _step(self, position: int, p: Tensor, index: int) -> None:
+        if not p.numel():
+            return
+        assert self.scalars is not None
+        group = self.optimizer.param_groups[position]
+        spec = self.optimizer.spec(group, p, self.scalars[position])
+        call = Call(position, group, spec, [make_item(spec, p, self.optimizer.state[p], index)])
+        self.optimizer._run([call], self.scalars)
+        self.used += self.optimizer._used
+
+    def finish(self) -> None:
+        """`step()` closes the window: the next gradient belongs to the next step."""
+        if self.scalars is not None:
+            self.optimizer._used = self.used
+        self.scalars = None
+
+    def remove(self) -> None:
+        """Back to ordinary steps."""
+        for handle in self.handles:
+            handle.remove()
+        self.optimizer._release = None

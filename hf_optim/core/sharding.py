@@ -1,0 +1,154 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Everything the engine knows about DTensor and process groups. Optimizer files never mention either."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+
+class Slot(NamedTuple):
+    """How one state buffer is made.
+
+    `axes[i]` is the parameter axis that dimension `i` of the buffer follows, so that its placement on a device mesh
+    follows too; None where there is no such axis. `dtype` None means the compute dtype (fp32, or fp64 for fp64
+    weights). `narrow` marks the parameter-sized buffers that `state_dtype` applies to. `fill` is a number or
+    `"param"`, a copy of the parameter.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int | None, ...]
+    dtype: torch.dtype | None = None
+    narrow: bool = False
+    fill: float | str = 0.0
+
+
+def like(p: Tensor, fill: float | str = 0.0, narrow: bool = True, dtype: torch.dtype | None = None) -> Slot:
+    """A buffer with the shape, strides and placement of the parameter."""
+    return Slot(tuple(p.shape), tuple(range(p.ndim)), dtype=dtype, narrow=narrow, fill=fill)
+
+
+def keep(p: Tensor, *axes: int) -> Slot:
+    """A statistic over all axes of the parameter but these; `keep(p)` is a scalar."""
+    axes = tuple(sorted(a % p.ndim for a in axes)) if axes else ()
+    return Slot(tuple(p.shape[a] for a in axes), axes)
+
+
+def without(p: Tensor, axis: int) -> Slot:
+    """A statistic with one axis of the parameter averaged away."""
+    return keep(p, *(a for a in range(p.ndim) if a != axis % p.ndim))
+
+
+def is_sharded(x: Tensor) -> bool:
+    return isinstance(x, DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """The shard on this rank; the tensor itself where it is not sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def zeros(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
+    """A new buffer for `slot` on the device, and with the placements, of `p`."""
+    if slot.fill == "param":
+        return p.detach().to(dtype, copy=True)
+    if slot.shape == tuple(p.shape):  # zeros_like keeps strides (channels_last) and every kind of placement
+        return torch.full_like(p.detach(), float(slot.fill), dtype=dtype)
+    if not isinstance(p, DTensor):
+        return torch.full(slot.shape, float(slot.fill), dtype=dtype, device=p.device)
+    own = p.to_local()
+    follows = [a if a is not None and slot.shape[i] == p.shape[a] else None for i, a in enumerate(slot.axes)]
+    shape = [slot.shape[i] if a is None else own.shape[a] for i, a in enumerate(follows)]
+    places = [
+        Shard(follows.index(place.dim)) if isinstance(place, Shard) and place.dim in follows else Replicate()
+        for place in p.placements
+    ]
+    buffer = torch.full(shape, float(slot.fill), dtype=dtype, device=own.device)
+    return DTensor.from_local(
+        buffer, p.device_mesh, places, run_check=False, shape=torch.Size(slot.shape), stride=_row_major(slot.shape)
+    )
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def settle(x: Tensor) -> Tensor:
+    """Finish a pending reduction: a Partial result stored as it is would break checkpoints, and `.item()` of it
+    silently gives this rank's part (pytorch#166638)."""
+    if isinstance(x, DTensor) and any(isinstance(place, Partial) for place in x.placements):
+        return x.redistribute(placements=[Replicate() if isinstance(q, Partial) else q for q in x.placements])
+    return x
+
+
+def match(x: Tensor, ref: Tensor) -> Tensor:
+    """`x` with the placements of `ref`, ready to be written into it."""
+    if isinstance(ref, DTensor) and isinstance(x, DTensor) and x.placements != ref.placements:
+        return x.redistribute(placements=ref.placements)
+    return x
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full value of a reduced (0-d) result as a plain tensor, the same on every rank."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def amax(x: Tensor, keep_axis: int) -> Tensor:
+    """Largest entry of a non-negative tensor along every axis but one. An empty shard counts as 0."""
+    if not isinstance(x, DTensor):
+        return _amax(x, keep_axis)
+    reduced = _amax(x.to_local(), keep_axis)
+    places = [
+        q if not isinstance(q, Shard) else Shard(0) if q.dim == keep_axis else Partial("max") for q in x.placements
+    ]
+    size = (x.shape[keep_axis],)
+    part = DTensor.from_local(reduced, x.device_mesh, places, run_check=False, shape=torch.Size(size), stride=(1,))
+    return settle(part)
+
+
+def _amax(x: Tensor, keep_axis: int) -> Tensor:
+    others = [a for a in range(x.ndim) if a != keep_axis]
+    if not others:
+        return x
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[keep_axis])
+    return x.amax(others)
+
+
+def flat_offset(p: Tensor) -> int:
+    """Index of this rank's first element in the row-major order of the whole parameter.
+
+    Raises:
+        `NotImplementedError`: if the shard is not a run of whole rows.
+    """
+    if not isinstance(p, DTensor) or all(isinstance(place, Replicate) for place in p.placements):
+        return 0
+    if p.ndim == 0 or any(
+        not isinstance(q, (Replicate, Shard)) or (isinstance(q, Shard) and q.dim) for q in p.placements
+    ):
+        raise NotImplementedError(
+            f"`precision='stochastic'` needs parameters sharded along dimension 0, got {p.placements}; use "
+            "`precision='kahan'` instead"
+        )
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return offset[0] * (p.numel() // max(p.shape[0], 1))
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a scalar over the default process group; a collective call where there is more than one rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()

@@ -1,0 +1,37 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW: Adam with decoupled weight decay."""
+
+from ..core import Optimizer, hp, like
+
+
+class AdamW(Optimizer):
+    """Step by the average gradient over the root of the average squared gradient.
+
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        p <- p - lr weight_decay p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Equals `torch.optim.AdamW`; the paper multiplies the decay by the schedule alone, torch and this by all of `lr`.
+    `weight_decay` defaults to 0, as in `TrainingArguments`. https://huggingface.co/papers/1711.05101
+    """
+
+    beta1: float = hp(0.9, "decay of the average gradient", ge=0, lt=1)
+    beta2: float = hp(0.999, "decay of the average squared gradient", ge=0, lt=1)
+
+    elementwise = True
+    uses_ratio = True
+
+    @staticmethod
+    def init(p, h):
+        return {"m": like(p), "v": like(p)}
+
+    @staticmethod
+    def scalars(t, h):
+        return {"debias1": 1 / (1 - h.beta1**t), "debias2": (1 - h.beta2**t) ** -0.5}
+
+    @staticmethod
+    def update(g, p, s, h):
+        s.m = s.m.lerp(g, 1 - h.beta1)
+        s.v = s.v.lerp(g.square(), 1 - h.beta2)
+        return h.ratio(s.m * h.debias1, s.v.sqrt() * h.debias2)

@@ -1,0 +1,91 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Amos: weight decay and step size that fall together, scaled to the model."""
+
+import torch
+
+from ..core import Optimizer, along, by_pattern, hp, keep, like
+
+
+class Amos(Optimizer):
+    """Steps of the size that each tensor should have; decay that adapts to them.
+
+        q = mean(g^2) over the input axes;  v <- beta v + (1 - beta) q;  rho = (1 - beta^t) / max(v, 2^-125)
+        c = (1 + c_coef sqrt(lr) b)^(-1/2);  d = 1 / (1 + d_coef sqrt(lr eta) b)
+        gamma = c lr^2 rho q
+        u = d (lr eta sqrt(rho) g + (gamma / 2 + lr weight_decay) p)
+        b <- b + gamma (1 + b)
+        m <- momentum m + (1 - momentum) u;  u <- m       only if momentum > 0
+        p <- p - u
+
+    eta is the size that the entries of a tensor should have: 1 for norm weights, 0.5 for other vectors, sqrt(2 / dim)
+    for embeddings, else 1 / sqrt(fan_in); `etas` overrides it by parameter name. v and b have one entry per output
+    unit of a matrix, and one in all for vectors. https://huggingface.co/papers/2210.11693
+
+    lr should be near 1 / sqrt(number of batches), 0.01 to 0.1 for short runs; 5e-5 does nothing. Keep gradient
+    clipping: one spike in g raises gamma by up to 1 / (1 - beta) and b for good. Deviation: the paper's extra L2 is
+    written lr weight_decay, as everywhere in torch.
+    """
+
+    lr: float = hp(0.03, "step size relative to eta", ge=0)
+    beta: float = hp(0.999, "decay of the average squared gradient", ge=0, lt=1)
+    c_coef: float = hp(0.25, "how fast decay falls", ge=0)
+    d_coef: float = hp(0.25, "how fast steps fall", ge=0)
+    momentum: float = hp(0.0, "decay of the average update; 0 keeps no buffer", ge=0, lt=1)
+    clip: float | None = hp(None, "largest absolute gradient entry", gt=0)
+    eta: float | None = hp(None, "size of the entries of a tensor; none derives it from the shape", gt=0)
+    etas: str = hp("", "`pattern:eta;pattern:eta`, matched against parameter names, first match wins")
+    output_axis: int = hp(0, "axis of the output units: 1 for transformers' Conv1D", ge=0, le=1)
+
+    needs_matrix = True
+    applies_decay = True
+
+    @staticmethod
+    def init(p, h):
+        stat = keep(p, h.output_axis) if p.ndim > 1 else keep(p)
+        return {"v": stat, "b": stat} | ({"m": like(p)} if h.momentum else {})
+
+    @staticmethod
+    def scalars(t, h):
+        return {"debias": 1 - h.beta**t, "root": h.lr**0.5}
+
+    @staticmethod
+    def update(g, p, s, h):
+        if h.clip is not None:
+            g = g.clamp(-h.clip, h.clip)
+        matrix, axis = g.ndim > 1, h.output_axis
+        q = g.square().mean([a for a in range(g.ndim) if a != axis]) if matrix else g.square().mean()
+        s.v = s.v.lerp(q, 1 - h.beta)
+        rho = h.debias / s.v.clamp(min=2.0**-125)
+        fan = p.shape[axis] / max(p.numel(), 1) if matrix else 0.25
+        eta = h.eta or fan**0.5
+        c = (1 + h.c_coef * h.root * s.b).rsqrt()
+        d = 1 / (1 + h.d_coef * h.root * eta**0.5 * s.b)
+        pull = c * h.lr * rho * q  # gamma / lr
+        s.b = s.b + h.lr * pull * (1 + s.b)
+        push, pull = d * eta * rho.sqrt(), d * (pull / 2 + h.weight_decay)
+        if matrix:
+            push, pull = along(push, axis, g.ndim), along(pull, axis, g.ndim)
+        u = push * g + pull * p
+        if h.momentum:
+            s.m = s.m.lerp(u, 1 - h.momentum)
+            u = s.m
+        return u
+
+    @staticmethod
+    def options_for(module, name, p, h):
+        chosen = by_pattern(h.etas, name)
+        kind = {"output_axis": 1} if type(module).__name__ == "Conv1D" and p.ndim > 1 else {}
+        if chosen is not None:
+            return kind | {"eta": float(chosen)}
+        if isinstance(module, torch.nn.Embedding):
+            return {"eta": (2 / module.embedding_dim) ** 0.5}
+        is_gain = p.ndim < 2 and "norm" in type(module).__name__.lower() and name.endswith("weight")
+        return {"eta": 1.0} if is_gain else kind
+
+    @staticmethod
+    def refuses(h):
+        reasons = {"etas": "it needs the names of the parameters: build the optimizer from the model"}
+        if not h.momentum:
+            reasons["cautious"] = "without momentum only the decay of the weights could disagree with the gradient"
+        return reasons

@@ -1,0 +1,79 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""SMMF: Adam whose two moments are stored as rank-one factors and a bit per sign."""
+
+import torch
+
+from ..core import Optimizer, Slot, hp, pack_signs, square_shape, unpack_signs
+
+
+class SMMF(Optimizer):
+    """Factor |m| and v into row and column sums after every step; the sign of m takes one bit.
+
+        m = sign * (r_m c_m^T),  v = r_v c_v^T            both as matrices; 0 at the start
+        m <- beta1_t m + (1 - beta1_t) g                  beta1_t = beta1 growth^(t - 1)
+        v <- beta2_t v + (1 - beta2_t) g^2                beta2_t = 1 - t^decay_rate
+        p <- p - lr weight_decay p - lr m / (sqrt(v) + eps)
+        r_m = row sums of |m|,  c_m = column sums / total,  sign = [m > 0];  r_v, c_v likewise
+
+    `growth` below 1 makes the momentum vanish in long runs (0.33 of 0.9 is left after 1000 steps); `beta1=none` keeps
+    no first moment. `decay_rate` is -0.5 for CNNs and -0.8 for transformers. https://huggingface.co/papers/2412.08894
+
+    Deviations: the matrix has the parameter's own rows (`matricize=rows`) unless `square` asks for the paper's
+    nearest-to-square reshape. That mixes rows, and since a bit cannot say "zero", embedding rows that never get a
+    gradient drift as fast as the others move. Signs are packed to bits (the reference code stores bytes). Gradients
+    are fp32 before they are squared (fp16 squares are 0, and the step explodes).
+    """
+
+    beta1: float | None = hp(0.9, "first decay of the average gradient; none keeps no average", ge=0, lt=1)
+    growth: float = hp(0.999, "factor of beta1 per step", gt=0, le=1)
+    decay_rate: float = hp(-0.5, "exponent of the second-moment schedule", ge=-1, le=0)
+    matricize: str = hp("rows", "matrix that a tensor is seen as", choices=("rows", "square"))
+
+    needs_matrix = True
+    uses_ratio = True
+
+    @staticmethod
+    def init(p, h):
+        (m, n), row = matrix(p.shape, h), 0 if h.matricize == "rows" and p.ndim else None
+        slots = {"row_v": Slot((m,), (row,)), "col_v": Slot((n,), (None,))}
+        if h.beta1 is not None:
+            slots |= {"row_m": Slot((m,), (row,)), "col_m": Slot((n,), (None,))}
+            slots["sign"] = Slot((m, -(-n // 8)), (row, None), dtype=torch.uint8)
+        return slots
+
+    @staticmethod
+    def scalars(t, h):
+        return {"new1": 1 - (h.beta1 or 0) * h.growth ** (t - 1), "new2": t**h.decay_rate}
+
+    @staticmethod
+    def update(g, p, s, h):
+        gm = g.reshape(s.row_v.shape[0], s.col_v.shape[0])
+        v = (s.row_v.unsqueeze(1) * s.col_v).lerp(gm.square(), h.new2)
+        s.row_v, s.col_v = factors(v)
+        m = gm
+        if h.beta1 is not None:
+            size = s.row_m.unsqueeze(1) * s.col_m
+            m = (size * unpack_signs(s.sign, gm.shape[1], size)).lerp(gm, h.new1)
+            s.row_m, s.col_m = factors(m.abs())
+            s.sign = pack_signs(m)
+        return h.ratio(m, v.sqrt()).reshape(g.shape)
+
+    @staticmethod
+    def refuses(h):
+        return {} if h.beta1 else {"cautious": "without a first moment the update always agrees with the gradient"}
+
+
+def matrix(shape, h):
+    """The (m, n) that a tensor is seen as: its rows, or nearest to a square."""
+    numel = shape.numel()
+    if h.matricize == "square":
+        return square_shape(numel)
+    return (shape[0], numel // max(shape[0], 1)) if len(shape) else (1, 1)
+
+
+def factors(x):
+    """Row sums, and column sums over the total: their outer product has the row and column sums of x."""
+    row, col = x.sum(1), x.sum(0)
+    total = col.sum()
+    return row, col / total.where(total > 0, 1.0)

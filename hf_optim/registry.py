@@ -1,0 +1,218 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: one line per optimizer or preset. Everything else about a name is derived from its class."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import transforms  # noqa: F401  registers the flags
+from .core import Optimizer, Option
+from .core.options import nearest
+from .core.pipeline import View
+from .core.precision import state_dtype
+from .optim.adafactor import Adafactor
+from .optim.adalo import AdaLo
+from .optim.adamw import AdamW
+from .optim.amos import Amos
+from .optim.nsgda import NSGDA
+from .optim.sm3 import SM3
+from .optim.smmf import SMMF
+
+
+logger = logging.getLogger(__name__)
+
+ADAM = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
+BETAS = {"beta1": "adam_beta1", "beta2": "adam_beta2"}
+BETA1 = {"beta1": "adam_beta1"}
+ADAM1 = BETA1 | {"eps": "adam_epsilon"}
+ENTRY_POINTS = "hf_optim.optimizers"
+
+
+@dataclass(frozen=True)
+class OptimInfo:
+    """What is said about an optimizer; the properties below it are derived from its class.
+
+    Args:
+        name (`str`): the `--optim` choice.
+        cls (`type[Optimizer]`): the class.
+        summary (`str`): what it is, in half a sentence.
+        paper (`str`): arXiv number, `doi:...` or link of its source.
+        lr (`tuple[float, float]`, *optional*): learning rates that train; None where `lr` plays no part.
+        lr_source (`str`, *optional*): where that range comes from.
+        preset (`Mapping[str, Any]`, *optional*): options that make the name out of the class.
+        from_args (`Mapping[str, str]`, *optional*): option <- `TrainingArguments` field, where the user changed it.
+    """
+
+    name: str
+    cls: type[Optimizer]
+    summary: str
+    paper: str
+    lr: tuple[float, float] | None = None
+    lr_source: str = "300-step runs of a small classifier; tune within"
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    from_args: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def link(self) -> str:
+        """Where to read about it."""
+        if self.paper.startswith("doi:"):
+            return "https://doi.org/" + self.paper.removeprefix("doi:")
+        return self.paper if "://" in self.paper else "https://huggingface.co/papers/" + self.paper
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Every option with its type, default, range and documentation."""
+        return self.cls.options()
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Values of a fresh optimizer: the class's, with the preset on top."""
+        return self.cls.resolve(dict(self.preset))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return self.cls.flags()
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.cls.needs_loss
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """State bytes per parameter of an fp32 4096 x 4096 weight with the default options."""
+        return state_bytes(self.cls, (4096, 4096), self.defaults) / 4096**2
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """What to expect of each way to distribute a run."""
+        flat = "no: the matrix is flattened; use FSDP2 or DDP" if self.cls.needs_matrix else "yes"
+        reduced = "yes" if self.cls.elementwise else "yes, with a few small collectives per matrix"
+        return {"ddp": "yes", "fsdp2": reduced, "fsdp1": flat, "zero": flat}
+
+
+def state_bytes(cls: type[Optimizer], shape: tuple[int, ...], options: Mapping[str, Any]) -> int:
+    """Bytes of state of one fp32 parameter, by the optimizer's own `init` on the meta device."""
+    p, h = torch.empty(shape, device="meta"), View(dict(options))
+    total = 0
+    for slot in cls.slots(p, h).values():
+        dtype = slot.dtype or state_dtype(p, options["state_dtype"] if slot.narrow else "float32")
+        total += torch.Size(slot.shape).numel() * dtype.itemsize
+    return total
+
+
+REGISTRY: dict[str, OptimInfo] = {
+    info.name: info
+    for info in (
+        OptimInfo("adamw", AdamW, "Adam with decoupled decay: what flags are measured on", "1711.05101", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("adafactor_corrected", Adafactor, "factored second moments, right in every corner", "1804.04235", (1e-5, 1e-2), from_args=BETA1),
+        OptimInfo("sm3", SM3, "AdaGrad with one accumulator per row and column", "1901.11150", (1e-2, 1.0)),
+        OptimInfo("amos", Amos, "decay and step size that fall together, scaled to the model", "2210.11693", (1e-3, 0.1)),
+        OptimInfo("smmf", SMMF, "Adam with rank-one moments and one bit per sign", "2412.08894", (1e-5, 1e-2), from_args=ADAM1),
+        OptimInfo("nsgda", NSGDA, "momentum normalised to a fixed step length", "2210.04319", (1e-3, 0.3)),
+        OptimInfo("adalo", AdaLo, "momentum with a step size read from the loss", "doi:10.1016/j.ins.2024.121607", from_args=BETAS),
+    )
+}  # fmt: skip
+
+
+def register(info: OptimInfo) -> None:
+    """Add an optimizer of your own to the registry.
+
+    Raises:
+        `ValueError`: if the name is taken by another class.
+        `TypeError`: if the class is not an `hf_optim` optimizer.
+    """
+    if not (isinstance(info.cls, type) and issubclass(info.cls, Optimizer)):
+        raise TypeError(f"OptimInfo {info.name!r}: `cls` must be a subclass of hf_optim.Optimizer, got {info.cls!r}")
+    known = REGISTRY.get(info.name)
+    if known is not None and known != info:
+        raise ValueError(f"the name {info.name!r} is taken by {known.cls.__name__}; choose another one")
+    info.cls.resolve(dict(info.preset))
+    REGISTRY[info.name] = info
+
+
+_scanned = False
+
+
+def _scan_entry_points() -> None:
+    """Third-party packages announce their optimizers in the entry-point group `hf_optim.optimizers`."""
+    global _scanned
+    if _scanned:
+        return
+    _scanned = True
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            register(entry.load())
+        except Exception as error:  # a broken plugin must not take every other optimizer down with it
+            logger.warning("the optimizer %r of the entry point %s was left out: %s", entry.name, entry.value, error)
+
+
+def list_optimizers(filter: str = "*") -> list[str]:
+    """Names of the optimizers that match a shell pattern, in registry order."""
+    _scan_entry_points()
+    return fnmatch.filter(REGISTRY, filter)
+
+
+def info(name: str) -> OptimInfo:
+    """Everything known about an optimizer.
+
+    Raises:
+        `ValueError`: for an unknown name; the message gives the nearest ones.
+    """
+    _scan_entry_points()
+    if name not in REGISTRY:
+        raise ValueError(f"unknown optimizer {name!r}{nearest(name, REGISTRY)} Known: {', '.join(REGISTRY)}.")
+    return REGISTRY[name]
+
+
+def create(name: str, params: Any, **options: Any) -> Optimizer:
+    """Make an optimizer by name.
+
+    Args:
+        name (`str`): one of [`list_optimizers`].
+        params (`torch.nn.Module` or `Iterable`):
+            A model, whose parameters are grouped where the optimizer wants to know the kind of their module; or
+            parameters or groups, as for any `torch.optim.Optimizer`.
+        options: see [`info`]`(name).options`.
+    """
+    found = info(name)
+    options = {**found.preset, **options}
+    if isinstance(params, torch.nn.Module):
+        params, options = param_groups(found.cls, params, options)
+    return found.cls(params, **options)
+
+
+def param_groups(
+    cls: type[Optimizer], model: torch.nn.Module, options: Mapping[str, Any], decay: set[str] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Groups of the trainable parameters of a model, by the options that their module's kind gives them.
+
+    Args:
+        decay (`set[str]`, *optional*): names of the parameters that `weight_decay` applies to; all if not given.
+
+    Returns:
+        The groups (each shared parameter once), and the options that remain for the constructor.
+    """
+    h = View({k: o.default for k, o in cls.options().items()} | dict(options))
+    groups: dict[Any, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) in seen or not p.requires_grad:
+                continue
+            seen.add(id(p))
+            full = f"{module_name}.{name}" if module_name else name
+            own = dict(cls.options_for(module, full, p, h))
+            if decay is not None and full not in decay:
+                own["weight_decay"] = 0.0
+            key = tuple(sorted(own.items()))
+            groups.setdefault(key, {"params": [], **own})["params"].append(p)
+    used_up = ("etas",)
+    return list(groups.values()), {k: v for k, v in options.items() if k not in used_up}

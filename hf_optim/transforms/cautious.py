@@ -1,0 +1,27 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Cautious updates."""
+
+from ..core import Flag, agrees, hp
+
+
+class Cautious(Flag):
+    """Drop the components of the update that disagree with the gradient in sign, and rescale the rest.
+
+        mask = [sign(u) = sign(g) != 0]
+        u <- u mask / max(mean(mask), floor)
+
+    The mean is over the components where neither u nor g is 0: counting the others as misaligned multiplies the step
+    of the few touched rows of an embedding by up to 1/floor (the reference code does). Moments are not masked; weight
+    decay acts before and unmasked. https://huggingface.co/papers/2411.16085
+    """
+
+    flag, stage, elementwise = "cautious", "update", False
+    cautious_floor: float = hp(1e-3, "smallest share of agreeing components to divide by", gt=0, le=1)
+
+    @staticmethod
+    def apply(u, c):
+        sign = agrees(u, c.g)
+        aligned, live = (sign > 0).to(u.dtype), (sign != 0).to(u.dtype)
+        share = aligned.sum() / live.sum().clamp(min=1.0)
+        return u * aligned / share.clamp(min=c.h.cautious_floor)
