@@ -137,14 +137,15 @@ class Optimizer(torch.optim.Optimizer):
         table = cls.options()
         for key, value in options.items():
             if key not in table:
-                raise cls._unknown(key, value)
+                raise cls.unknown_option(key, value)
         given = {key: table[key].check(cls.__name__, value) for key, value in options.items()}
         values = {key: option.default for key, option in table.items()} | given
         cls._refuse_useless(given, values)
         return values
 
     @classmethod
-    def _unknown(cls, key: str, value: Any) -> Exception:
+    def unknown_option(cls, key: str, value: Any) -> Exception:
+        """The error for an option that this class does not have."""
         if key in FLAGS and key not in cls.flags():
             why = "it has no ratio" if key == "denominator" else "it applies weight decay inside its own rule"
             return ValueError(f"{cls.__name__}: `{key}={value}` cannot act on {cls.__name__}: {why}")

@@ -1,0 +1,88 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Start any unmodified Hugging Face training script with every optimizer registered and the loss delivered.
+
+    hf-optim run SCRIPT [ARGS...]
+    accelerate launch [--config_file FILE] -m hf_optim.run SCRIPT [ARGS...]
+    ... run -m MODULE [ARGS...]
+
+`HF_OPTIM_REPLACE=adafactor` makes the built-in name resolve to the corrected optimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+import sys
+from typing import Any
+
+
+def prepare() -> None:
+    """Register the names, deliver the loss from every accelerator, log the step size of every Trainer; idempotent."""
+    from accelerate import Accelerator
+    from transformers import Trainer
+
+    import hf_optim
+
+    from .trainer.loss import add_effective_lr, delivering
+
+    names = os.environ.get("HF_OPTIM_REPLACE", "")
+    hf_optim.register(replace=tuple(name for name in names.replace(" ", "").split(",") if name))
+    Accelerator.backward = delivering(Accelerator.backward)
+    original = Trainer.log
+    if getattr(original, "_hf_optim", False):
+        return
+
+    @functools.wraps(original)
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        add_effective_lr(self.optimizer, logs)
+        original(self, logs, *args, **kwargs)
+
+    log._hf_optim = True  # type: ignore[attr-defined]
+    Trainer.log = log  # type: ignore[method-assign]
+
+
+def check_name(argv: list[str]) -> None:
+    """Say which name was meant, before argparse prints every option of the script.
+
+    Raises:
+        `ValueError`: if `--optim` names no optimizer.
+    """
+    from transformers.training_args import OptimizerNames
+
+    for i, word in enumerate(argv):
+        key, equals, value = word.partition("=")
+        if key == "--optim" and (equals or i + 1 < len(argv)):
+            OptimizerNames(value if equals else argv[i + 1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a script or module as `python` would. Returns 2 if it cannot be started."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(__doc__, file=sys.stderr if not argv else sys.stdout)
+        return 0 if argv else 2
+    as_module = argv[0] == "-m"
+    target = argv[1:2] if as_module else argv[:1]
+    if not target or not (as_module or os.path.isfile(target[0])):
+        print(f"hf-optim run: no such script: {' '.join(target) or '(none given)'}", file=sys.stderr)
+        return 2
+    try:
+        prepare()
+        check_name(argv)
+    except ValueError as error:
+        print(f"hf-optim run: {error}", file=sys.stderr)
+        return 2
+    sys.argv = argv[1:] if as_module else argv
+    if as_module:
+        sys.path[0] = os.getcwd()
+        runpy.run_module(target[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(target[0]))
+        runpy.run_path(target[0], run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
