@@ -45,7 +45,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _split_outside(text: str) -> list[str]:
-    """Split at the commas that stand outside quotes and brackets; drop empty trailing parts."""
+    """Split at the commas that stand outside quotes and brackets; drop an empty last part."""
     parts, depth, quote, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quote:
@@ -59,7 +59,11 @@ def _split_outside(text: str) -> list[str]:
         elif char == "," and depth == 0:
             parts.append(text[start:i])
             start = i + 1
+        if depth < 0:
+            break
     parts.append(text[start:])
+    if quote or depth:  # it would swallow the options after it
+        raise ValueError(f"`optim_args`: a quote or bracket does not match in {parts[-1].strip()!r}; got {text!r}")
     if not parts[-1].strip():
         parts.pop()
     return parts

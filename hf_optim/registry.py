@@ -56,7 +56,7 @@ class OptimInfo:
     summary: str
     paper: str
     lr: tuple[float, float] | None = None
-    lr_source: str = "300-step runs of a small classifier; tune within"
+    lr_source: str = "300-step runs of a small classifier; tune within it"
     preset: Mapping[str, Any] = field(default_factory=dict)
     from_args: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,6 +96,33 @@ class OptimInfo:
         flat = "no: the matrix is flattened; use FSDP2 or DDP" if self.cls.needs_matrix else "yes"
         reduced = "yes" if self.cls.elementwise else "yes, with a few small collectives per matrix"
         return {"ddp": "yes", "fsdp2": reduced, "fsdp1": flat, "zero": flat}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of the above as plain data: what `hf-optim show NAME --json` prints."""
+        preset = dict(self.preset)
+        return {
+            "name": self.name,
+            "class": self.cls.__name__,
+            "summary": self.summary,
+            "paper": self.link,
+            "needs_loss": self.needs_loss,
+            "bytes_per_parameter": round(self.bytes_per_parameter, 4),
+            "learning_rate": {"range": self.lr, "source": self.lr_source},
+            "preset": preset,
+            "options": [
+                {
+                    "name": name,
+                    "type": option.type.__name__ + (" | None" if option.optional else ""),
+                    "default": preset.get(name, option.default),
+                    "range": option.range,
+                    "doc": option.doc,
+                    "training_argument": self.from_args.get(name),
+                }
+                for name, option in self.options.items()
+            ],
+            "flags": list(self.flags),
+            "distributed": self.verdicts,
+        }
 
 
 def state_bytes(cls: type[Optimizer], shape: tuple[int, ...], options: Mapping[str, Any]) -> int:

@@ -181,6 +181,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose options (checked like the constructor's) override the defaults of the optimizer."""
+        if not isinstance(param_group, dict):
+            raise TypeError(
+                f"{type(self).__name__}: a parameter group must be a dict, got {type(param_group).__name__}"
+            )
         internal = {"optimizer", "step", *self.shared}
         own = {k: v for k, v in param_group.items() if k not in (*TAGS, *internal)}
         changed = {k: self.defaults[k] for k, o in self.options().items() if self.defaults[k] != o.default}
@@ -435,8 +439,8 @@ class Optimizer(torch.optim.Optimizer):
         return self._release
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
-    @classmethod
-    def convert_state_dict(cls, state_dict: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         """Rewrite the checkpoint of another implementation of the same rule; here nothing is known."""
         return state_dict
 

@@ -77,7 +77,7 @@ class Option:
             raise ValueError(problem)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = (
-                math.isfinite(value)
+                (isinstance(value, int) or math.isfinite(value))
                 and (self.ge is None or value >= self.ge)
                 and (self.gt is None or value > self.gt)
                 and (self.le is None or value <= self.le)
@@ -90,16 +90,17 @@ class Option:
     def _plain(self, value: Any, problem: str) -> Any:
         if isinstance(value, torch.dtype):
             value = str(value).removeprefix("torch.")
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{problem} (a tensor option must hold one element)")
-            value = value.item()
         if hasattr(value, "dtype") and hasattr(value, "item"):  # numpy scalars save but do not load with weights_only
+            if (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
+                raise ValueError(f"{problem} (a tensor or array must hold one element)")
             value = value.item()
         wanted: tuple[type, ...] = (int, float) if self.type is float else (self.type,)
         if not isinstance(value, wanted) or (isinstance(value, bool) and self.type is not bool):
             raise TypeError(f"{problem} ({type(value).__name__})")
-        return self.type(value)
+        try:
+            return self.type(value)
+        except OverflowError:  # an int that no float can hold
+            raise ValueError(problem) from None
 
     def parse(self, owner: str, text: Any) -> Any:
         """Read the option from a command line or YAML value and check it. Non-strings are checked as they are."""

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adafactor: second moments kept as one row and one column average."""
 
+from ..convert import from_transformers_adafactor
 from ..core import Optimizer, factored_rsqrt, hp, like, rms, two_largest, without
 
 
@@ -75,3 +76,5 @@ class Adafactor(Optimizer):
     @staticmethod
     def refuses(h):
         return {} if h.beta1 else {"cautious": "without beta1 the update always agrees with the gradient"}
+
+    convert_state_dict = staticmethod(from_transformers_adafactor)

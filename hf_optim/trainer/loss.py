@@ -44,7 +44,7 @@ def delivering(backward: Callable[..., Any]) -> Callable[..., Any]:
             _deliver(self, wanting, loss, kwargs)
         return backward(self, loss, **kwargs)
 
-    wrapper._delivers_loss = True
+    wrapper._delivers_loss = True  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -58,7 +58,7 @@ def _deliver(accelerator: Accelerator, wanting: list[Optimizer], loss: torch.Ten
         for optimizer in wanting:
             optimizer.report_loss(window)
         window = 0.0
-    accelerator._loss_of_window = window  # type: ignore[attr-defined]
+    accelerator._loss_of_window = window
 
 
 def deliver_loss(accelerator: Accelerator) -> None:

@@ -1,0 +1,43 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-optim`: what there is, what it takes, and a way to start any script with it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .commands.env import env
+from .commands.list import list_
+from .commands.run import run
+from .commands.show import show
+from .errors import UserError
+
+
+app = typer.Typer(
+    name="hf-optim",
+    help="Optimizers after Adam for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("list")(list_)
+app.command("show")(show)
+app.command("env")(env)
+app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(
+    run
+)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"hf-optim: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
