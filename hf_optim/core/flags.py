@@ -22,9 +22,10 @@ FLAGS: dict[str, dict[Any, type[Flag]]] = {}  # option name -> value of the opti
 class Flag:
     """One technique. Its annotated fields are options named `<flag>_<field>` (or as given); `apply` is pure.
 
-    `apply(x, c)` receives the value of its stage (gradient, update direction, decayed parameter, new parameter) and a
-    context `c` with the fields `g` (gradient), `p` (parameter before the step), `u` (the rule's own direction), `lr`
-    (the step size really used), `s` (state) and `h` (options and scalars). A ratio flag is `apply(num, den, h)`.
+    `apply(x, c)` receives the value of its stage (gradient, direction, old parameter, new parameter) and a context `c`
+    with the fields `g` (gradient), `p` (parameter before the step), `u` (the rule's own direction), `lr` (the step
+    size really used), `s` (state) and `h` (options and scalars). A decay flag returns what it adds to the direction.
+    A ratio flag is `apply(num, den, h)`.
     """
 
     flag: ClassVar[str]  # the option that switches it on

@@ -96,10 +96,9 @@ def step_tensor(
     u = c.u
     for flag in spec.stage("update"):
         u = flag.apply(u, c)  # type: ignore[attr-defined]
-    new = c.p
-    for flag in spec.stage("decay"):
-        new = flag.apply(new, c)  # type: ignore[attr-defined]
-    new = new - c.lr * u
+    for flag in spec.stage("decay"):  # joins the direction: p (1 - lr wd) would round to p for lr wd < 2^-25
+        u = u + flag.apply(c.p, c)  # type: ignore[attr-defined]
+    new = c.p - c.lr * u
     for flag in spec.stage("parameter"):
         new = flag.apply(new, c)  # type: ignore[attr-defined]
     _write(spec, p, new, bufs, c.s, salt, offset)

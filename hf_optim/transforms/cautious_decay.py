@@ -20,4 +20,4 @@ class CautiousDecay(Flag):
     @staticmethod
     def apply(p, c):
         mask = (agrees(c.u, c.p) >= 0).to(p.dtype)
-        return p - c.lr * c.h.weight_decay * mask * p
+        return c.h.weight_decay * mask * p

@@ -17,4 +17,4 @@ class Decoupled(Flag):
 
     @staticmethod
     def apply(p, c):
-        return p * (1 - c.lr * c.h.weight_decay)
+        return c.h.weight_decay * p
