@@ -176,7 +176,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
         given = options if lr is None else {"lr": lr, **options}
         values = self.resolve(given)
-        inside = {name: torch.tensor(float(first)) for name, first in self.shared.items()}
+        inside = {name: torch.tensor(float(first), dtype=torch.float32) for name, first in self.shared.items()}
         super().__init__(params, {**values, "optimizer": type(self).__name__, "step": 0, **inside})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
             loss (`torch.Tensor` or `float`): the training loss as it was back-propagated, unscaled.
         """
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss))
+            loss = torch.tensor(float(loss), dtype=torch.float32)  # whatever the default dtype is
         if loss.numel() != 1:
             raise ValueError(f"{type(self).__name__}: the loss must be a scalar, got shape {tuple(loss.shape)}")
         value = sharding.whole(loss.detach()).reshape(()).float()
@@ -287,7 +287,7 @@ class Optimizer(torch.optim.Optimizer):
         """State for every parameter that trains, with or without a gradient: all ranks must save the same keys."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad and p not in self.state:
+                if (p.requires_grad or p.grad is not None) and p not in self.state:
                     self.state[p] = self._new_state(p, group)
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -455,6 +455,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it: a group key that only resumed runs would save
         self._plan = None
         for group in self.param_groups:  # an older checkpoint may lack an option
             for name, value in self.defaults.items():

@@ -32,6 +32,7 @@ class Item:
     weight: Tensor
     bufs: dict[str, Tensor]
     pointer: int
+    kept: list[tuple[str, Tensor]]  # the buffers in the state that `bufs` alias
 
     def gradient(self, elementwise: bool) -> Tensor:
         g = self.p.grad
@@ -41,10 +42,14 @@ class Item:
 
     def current(self) -> bool:
         """Whether storage, state and gradient layout are still those the aliases were made from."""
-        g, p = self.p.grad, self.p
+        g, state = self.p.grad, self.state
+        for name, buffer in self.kept:  # offloading replaces them without telling
+            if state[name] is not buffer:
+                return False
         return (
             g is not None
-            and sharding.local(p.detach()).data_ptr() == self.pointer
+            and g.layout == torch.strided
+            and sharding.local(self.p.detach()).data_ptr() == self.pointer
             and (not self.flat or sharding.local(g).is_contiguous())
         )
 
@@ -119,6 +124,7 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
         raise RuntimeError(f"{spec.rule.__name__} needs dense gradients, got {layout}; use `sparse=False`")
     names = [*spec.buffers, *([KAHAN] if spec.rounding == "kahan" else [])]
     weight, g, bufs = p.detach(), p.grad, {name: state[name] for name in names}
+    kept = list(bufs.items())
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
@@ -133,4 +139,4 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if flat:
         weight, bufs = flatten(weight), {name: flatten(b) for name, b in bufs.items()}
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
-    return Item(p, state, index, offset, flat, weight, bufs, pointer)
+    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept)

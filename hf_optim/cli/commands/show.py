@@ -48,7 +48,7 @@ def _print(facts: dict[str, Any], doc: str) -> None:
         "flags": ", ".join(facts["flags"]),
         **{f"under {layout}": verdict for layout, verdict in facts["distributed"].items()},
     }.items():
-        console.print(f"{label:15} {text}")
+        console.print(f"{label:15} {text}", soft_wrap=True)
     table = Table(Column("option", no_wrap=True), "default", "takes", "meaning", "from", box=None, pad_edge=False)
     for option in facts["options"]:
         given = f"--{option['training_argument']}" if option["training_argument"] else ""
