@@ -106,7 +106,7 @@ class OptimInfo:
             "summary": self.summary,
             "paper": self.link,
             "needs_loss": self.needs_loss,
-            "bytes_per_parameter": round(self.bytes_per_parameter, 4),
+            "bytes_per_parameter": round(self.bytes_per_parameter, 6),
             "learning_rate": {"range": self.lr, "source": self.lr_source},
             "preset": preset,
             "options": [
@@ -138,8 +138,8 @@ def state_bytes(cls: type[Optimizer], shape: tuple[int, ...], options: Mapping[s
 REGISTRY: dict[str, OptimInfo] = {
     info.name: info
     for info in (
-        OptimInfo("adamw", AdamW, "Adam with decoupled decay: what flags are measured on", "1711.05101", (1e-6, 1e-2), from_args=ADAM),
-        OptimInfo("adafactor_corrected", Adafactor, "factored second moments, right in every corner", "1804.04235", (1e-5, 1e-2), from_args=BETA1),
+        OptimInfo("adamw", AdamW, "Adam with decoupled decay, the base that flags are measured on", "1711.05101", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("adafactor_corrected", Adafactor, "factored second moments, correcting transformers' Adafactor", "1804.04235", (1e-5, 1e-2), from_args=BETA1),
         OptimInfo("sm3", SM3, "AdaGrad with one accumulator per row and column", "1901.11150", (1e-2, 1.0)),
         OptimInfo("amos", Amos, "decay and step size that fall together, scaled to the model", "2210.11693", (1e-3, 0.1)),
         OptimInfo("smmf", SMMF, "Adam with rank-one moments and one bit per sign", "2412.08894", (1e-5, 1e-2), from_args=ADAM1),

@@ -1,0 +1,63 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: names, derived facts, the README table, adding one's own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_optim
+from hf_optim import registry
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def test_readme_table_is_generated_from_the_registry():
+    import make_table
+
+    text = (ROOT / "README.md").read_text()
+    assert make_table.with_table(text) == text, "run `python scripts/make_table.py`"
+    assert all(f"| `{name}` |" in text for name in hf_optim.list_optimizers())
+
+
+def test_filter_and_unknown_name():
+    assert hf_optim.list_optimizers("ada*") == ["adamw", "adafactor_corrected", "adalo"]
+    with pytest.raises(ValueError, match="unknown optimizer 'adafactor'; did you mean 'adafactor_corrected'"):
+        hf_optim.info("adafactor")
+    with pytest.raises(ValueError, match="'sm4'; did you mean 'sm3'"):
+        hf_optim.create("sm4", [torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_bytes_per_parameter_are_those_of_a_real_state(name):
+    p = torch.nn.Parameter(torch.randn(256, 512))
+    p.grad = torch.randn(256, 512)
+    optimizer = hf_optim.create(name, [p])
+    optimizer.step(loss=1.0)
+    held = sum(x.nbytes for x in optimizer.state[p].values() if torch.is_tensor(x))
+    info = hf_optim.info(name)
+    assert registry.state_bytes(info.cls, (256, 512), info.defaults) == held
+
+
+def test_register_refuses_what_is_not_ours_or_taken():
+    with pytest.raises(TypeError, match="subclass of hf_optim.Optimizer"):
+        registry.register(hf_optim.OptimInfo("mine", torch.optim.SGD, "", ""))
+    with pytest.raises(ValueError, match="'sm3' is taken by SM3"):
+        registry.register(hf_optim.OptimInfo("sm3", hf_optim.AdamW, "", ""))
+    with pytest.raises(ValueError, match="`beta1` must be"):
+        registry.register(hf_optim.OptimInfo("mine", hf_optim.AdamW, "", "", preset={"beta1": 2.0}))
+    assert "mine" not in registry.REGISTRY
+
+
+def test_model_shares_are_grouped_once():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5), torch.nn.LayerNorm(5))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    groups, rest = registry.param_groups(hf_optim.Amos, model, {"lr": 0.1, "etas": "2.bias:0.25"}, {"0.weight"})
+    assert sorted(p.numel() for g in groups for p in g["params"]) == [5, 5, 20]
+    by_size = {g.get("eta"): g for g in groups}
+    assert set(by_size) == {(2 / 4) ** 0.5, 1.0, 0.25} and rest == {"lr": 0.1}
+    assert "weight_decay" not in by_size[(2 / 4) ** 0.5] and by_size[0.25]["weight_decay"] == 0.0
