@@ -14,10 +14,8 @@ START, END = "<!-- optimizers: start, by scripts/make_table.py -->", "<!-- optim
 
 def table() -> str:
     """One row per registered optimizer."""
-    rows = ["| `--optim` | what it is | state, bytes/parameter | `learning_rate` | paper |", "|---|---|---|---|---|"]
-        "| `--optim` | what it is | state, bytes per parameter | `learning_rate` | paper |",
-        "|---|---|---|---|---|",
-    ]
+    head = "| `--optim` | what it is | state, bytes per parameter | `learning_rate` | paper |"
+    rows = [head, "|---|---|---|---|---|"]
     for name in hf_optim.list_optimizers():
         info = hf_optim.info(name)
         rate = f"{info.lr[0]:g} to {info.lr[1]:g}" if info.lr else "plays no part"

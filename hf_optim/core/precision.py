@@ -60,7 +60,7 @@ def write_kahan(p: Tensor, residual: Tensor, value: Tensor) -> None:
     """
     rounded = value.to(torch.bfloat16)
     widened = (rounded.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    residual.copy_(torch.where(value.isfinite(), value - widened, 0.0))
+    residual.copy_(torch.where(widened.isfinite(), value - widened, 0.0))
     p.copy_(rounded)
 
 
