@@ -209,6 +209,8 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             loss (`torch.Tensor` or `float`): the training loss as it was back-propagated, unscaled.
         """
+        if not self.needs_loss:
+            return
         if not isinstance(loss, Tensor):
             loss = torch.tensor(float(loss), dtype=torch.float32)  # whatever the default dtype is
         if loss.numel() != 1:
@@ -244,7 +246,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
             loss = result if loss is None else loss
-        if loss is not None and self.needs_loss:
+        if loss is not None:
             self.report_loss(loss)
         self._step()
         return result
@@ -255,8 +257,7 @@ class Optimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure()
             scaler.scale(loss).backward()
-        if self.needs_loss:
-            self.report_loss(loss)
+        self.report_loss(loss)
         scaler.step(self)
         self._loss = None  # a skipped step leaves it behind
         return loss

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import sharding
 from .pipeline import View
 
 
@@ -37,10 +38,13 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[
         return captured
 
     def restore(_: Any) -> None:
-        for p, key in pairs(optimizer, captured):
+        of_each = [group for group in optimizer.param_groups for _ in group["params"]]
+        for (p, key), group in zip(pairs(optimizer, captured), of_each):
+            slots = optimizer.slots(p, View(group))
             for name, value in captured["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    optimizer.state[p][name] = value.detach().to(device=p.device, copy=True)
+                    value = value.detach().to(device=p.device, copy=True)
+                    optimizer.state[p][name] = sharding.adopt(value, p, slots[name]) if name in slots else value
                 else:
                     optimizer.state[p][name] = copy.deepcopy(value)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import types
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from .plan import Call, Item
 logger = logging.getLogger(__name__)
 
 CHUNK = 8  # tensors per compiled call: a call costs ~30 us of guards, and compile time grows with the chunk
+BLOCK = 1 << 17  # elements of a CPU tensor that the eager loop works on at a time
 AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it will save
 COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
 _broken = False  # set by the first compiler failure of the process
@@ -57,10 +59,23 @@ def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backen
 def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
     """One item after the other in eager PyTorch; scalars are Python floats."""
     h = spec.hyper(values)
-    return [
-        step_tensor(spec, item.weight, item.gradient(spec.elementwise), item.bufs, h, *pair)
-        for item, pair in zip(items, noise)
-    ]
+    used = []
+    for item, (salt, offset) in zip(items, noise):
+        for weight, g, bufs, start in _pieces(item, item.gradient(spec.elementwise)):
+            size = step_tensor(spec, weight, g, bufs, h, salt, precision.int32(offset + start))
+        used.append(size)
+    return used
+
+
+def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], int]]:
+    """A flat CPU tensor in blocks whose temporaries stay in the cache: fresh large ones cost page faults."""
+    n = item.weight.numel()
+    if not item.flat or n <= BLOCK or item.weight.device.type != "cpu":
+        yield item.weight, g, item.bufs, 0
+        return
+    for start in range(0, n, BLOCK):
+        cut = slice(start, start + BLOCK)
+        yield item.weight[cut], g[cut], {name: b[cut] for name, b in item.bufs.items()}, start
 
 
 def fused(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
@@ -127,13 +142,19 @@ def compiled(spec: Spec, count: int, shape_class: tuple[int, ...]) -> tuple[Any,
             used.append(step_tensor(spec, weights[i], grads[i], bufs[i], h, *pair))
         return torch.stack(used) if spec.rule.returns_lr else None
 
-    logger.info("compiling %s for %d tensor(s) a call; later steps reuse the code", spec.rule.__name__, count)
+    _announce(spec.rule.__name__)
     own = types.FunctionType(
         chunk.__code__.replace(co_name=f"chunk_{spec.rule.__name__}_{count}"),
         chunk.__globals__,
         closure=chunk.__closure__,
     )
     return torch.compile(own, fullgraph=True), [True]
+
+
+@cache
+def _announce(name: str) -> None:
+    """Once per optimizer: the pause of the first step should not look like a hang."""
+    logger.warning("compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", name)
 
 
 def _fusable(call: Call, backend: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .precision import back, exact
-from .sharding import amax
+from .sharding import amax, beside
 
 
 __all__ = [
@@ -83,10 +83,15 @@ def pack_signs(x: Tensor) -> Tensor:
     """Bits `x > 0` of an (m, n) matrix, eight to a byte: (m, ceil(n / 8)) uint8, rows byte-aligned, low bit first."""
     m, n = x.shape
     bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -n % 8)).view(m, -1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8)
+    return (bits * _places(x)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:
     """+1 and -1 (for a bit that is 0) as an (m, n) matrix in the dtype of `ref`."""
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    bits = packed.unsqueeze(-1).bitwise_and(_places(packed)) > 0
     return back(bits.flatten(-2)[..., :n], ref) * 2 - 1
+
+
+def _places(ref: Tensor) -> Tensor:
+    """1, 2, 4, ... 128. (DTensor shifts by a tensor of another shape to a wrong shape, in torch 2.13.)"""
+    return beside(1 << torch.arange(8, dtype=torch.uint8, device=ref.device), ref)

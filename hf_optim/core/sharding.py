@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 class Slot(NamedTuple):
@@ -61,17 +61,38 @@ def zeros(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
         return torch.full_like(p.detach(), float(slot.fill), dtype=dtype)
     if not isinstance(p, DTensor):
         return torch.full(slot.shape, float(slot.fill), dtype=dtype, device=p.device)
-    own = p.to_local()
-    follows = [a if a is not None and slot.shape[i] == p.shape[a] else None for i, a in enumerate(slot.axes)]
+    own, follows = p.to_local(), _follows(p, slot)
     shape = [slot.shape[i] if a is None else own.shape[a] for i, a in enumerate(follows)]
-    places = [
-        Shard(follows.index(place.dim)) if isinstance(place, Shard) and place.dim in follows else Replicate()
-        for place in p.placements
-    ]
     buffer = torch.full(shape, float(slot.fill), dtype=dtype, device=own.device)
+    places = _placements(p, slot)
     return DTensor.from_local(
         buffer, p.device_mesh, places, run_check=False, shape=torch.Size(slot.shape), stride=_row_major(slot.shape)
     )
+
+
+def _follows(p: Tensor, slot: Slot) -> list[int | None]:
+    """The parameter axis that each dimension of the buffer is sharded with."""
+    return [a if a is not None and slot.shape[i] == p.shape[a] else None for i, a in enumerate(slot.axes)]
+
+
+def _placements(p: DTensor, slot: Slot) -> list[Any]:
+    if slot.shape == tuple(p.shape):
+        return list(p.placements)
+    follows = _follows(p, slot)
+    return [
+        Shard(follows.index(place.dim)) if isinstance(place, Shard) and place.dim in follows else Replicate()
+        for place in p.placements
+    ]
+
+
+def adopt(x: Tensor, p: Tensor, slot: Slot) -> Tensor:
+    """A loaded buffer in the form that `p` needs: of a whole tensor this rank keeps its shard.
+
+    torch.distributed.checkpoint hands 0-d state back as plain tensors, and a checkpoint of one process is whole.
+    """
+    if not isinstance(p, DTensor) or isinstance(x, DTensor):
+        return x
+    return distribute_tensor(x, p.device_mesh, _placements(p, slot), src_data_rank=None)
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -95,6 +116,13 @@ def match(x: Tensor, ref: Tensor) -> Tensor:
     if isinstance(ref, DTensor) and isinstance(x, DTensor) and x.placements != ref.placements:
         return x.redistribute(placements=ref.placements)
     return x
+
+
+def beside(x: Tensor, ref: Tensor) -> Tensor:
+    """A small constant, on every rank the same, in the form that meets `ref`: DTensors refuse plain tensors."""
+    if not isinstance(ref, DTensor):
+        return x
+    return DTensor.from_local(x, ref.device_mesh, [Replicate()] * ref.device_mesh.ndim, run_check=False)
 
 
 def whole(x: Tensor) -> Tensor:

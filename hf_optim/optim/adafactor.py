@@ -69,12 +69,12 @@ class Adafactor(Optimizer):
             u = g * row.unsqueeze(b) * col.unsqueeze(a)
         u = u / (rms(u) / h.clip_threshold).clamp(min=1.0)
         if h.beta1 is not None:
-            s.m = s.m.lerp(u, 1 - h.beta1)
-            u = s.m
+            u = s.m = s.m.lerp(u, 1 - h.beta1)
         return u, rms(p).clamp(min=h.eps2) * h.alpha if h.scale_parameter else h.alpha
 
     @staticmethod
     def refuses(h):
-        return {} if h.beta1 else {"cautious": "without beta1 the update always agrees with the gradient"}
+        needs = {"cautious": "beta1", "warmup_init": "relative_step", "eps2": "scale_parameter"}
+        return {name: f"it needs `{other}`" for name, other in needs.items() if not getattr(h, other)}
 
     convert_state_dict = staticmethod(from_transformers_adafactor)

@@ -58,3 +58,7 @@ class AdaLo(Optimizer):
     def update(g, p, s, h):
         s.m = s.m.lerp(g, 1 - h.beta1)
         return s.m, h.eta
+
+    @staticmethod
+    def refuses(h):
+        return {} if h.beta1 else {"cautious": "without beta1 the update always agrees with the gradient"}

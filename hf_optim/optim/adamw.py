@@ -35,3 +35,7 @@ class AdamW(Optimizer):
         s.m = s.m.lerp(g, 1 - h.beta1)
         s.v = s.v.lerp(g.square(), 1 - h.beta2)
         return h.ratio(s.m * h.debias1, s.v.sqrt() * h.debias2)
+
+    @staticmethod
+    def refuses(h):
+        return {} if h.beta1 else {"cautious": "without beta1 the update always agrees with the gradient"}

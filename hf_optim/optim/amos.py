@@ -12,22 +12,20 @@ class Amos(Optimizer):
 
         q = mean(g^2) over the input axes;  v <- beta v + (1 - beta) q;  rho = (1 - beta^t) / max(v, 2^-125)
         c = (1 + c_coef sqrt(lr) b)^(-1/2);  d = 1 / (1 + d_coef sqrt(lr eta) b)
-        gamma = c lr^2 rho q
-        u = d (lr eta sqrt(rho) g + (gamma / 2 + lr weight_decay) p)
-        b <- b + gamma (1 + b)
+        gamma = c lr^2 rho q;  b <- b + gamma (1 + b)     c and d are of the old b
+        u = d (eta sqrt(rho) g + (gamma / (2 lr) + weight_decay) p)
         m <- momentum m + (1 - momentum) u;  u <- m       only if momentum > 0
-        p <- p - u
+        p <- p - lr u
 
     eta is the size that the entries of a tensor should have: 1 for norm weights, 0.5 for other vectors, sqrt(2 / dim)
-    for embeddings, else 1 / sqrt(fan_in); `etas` overrides it by parameter name. v and b have one entry per output
-    unit of a matrix, and one in all for vectors. https://huggingface.co/papers/2210.11693
+    for embeddings, else 1 / sqrt(fan_in); `etas` sets it by name. lr should be near 1 / sqrt(number of batches), 0.01
+    to 0.1 for short runs. Keep gradient clipping: one spike raises gamma by up to 1 / (1 - beta), and b for good.
 
-    lr should be near 1 / sqrt(number of batches), 0.01 to 0.1 for short runs; 5e-5 does nothing. Keep gradient
-    clipping: one spike in g raises gamma by up to 1 / (1 - beta) and b for good. Deviation: the paper's extra L2 is
-    written lr weight_decay, as everywhere in torch.
+    https://huggingface.co/papers/2210.11693. Deviations: the paper's extra L2 is lr weight_decay, as everywhere in
+    torch; m averages directions without lr in them, so that a schedule is followed at once.
     """
 
-    lr: float = hp(0.03, "step size relative to eta", ge=0)
+    lr: float = hp(0.03, "step size relative to eta; 5e-5 does nothing", ge=0)
     beta: float = hp(0.999, "decay of the average squared gradient", ge=0, lt=1)
     c_coef: float = hp(0.25, "how fast decay falls", ge=0)
     d_coef: float = hp(0.25, "how fast steps fall", ge=0)
@@ -37,8 +35,7 @@ class Amos(Optimizer):
     etas: str = hp("", "`pattern:eta;pattern:eta`, matched against parameter names, first match wins")
     output_axis: int = hp(0, "axis of the output units: 1 for transformers' Conv1D", ge=0, le=1)
 
-    needs_matrix = True
-    applies_decay = True
+    needs_matrix = applies_decay = True
 
     @staticmethod
     def init(p, h):
@@ -51,41 +48,33 @@ class Amos(Optimizer):
 
     @staticmethod
     def update(g, p, s, h):
-        if h.clip is not None:
-            g = g.clamp(-h.clip, h.clip)
+        g = g if h.clip is None else g.clamp(-h.clip, h.clip)
         matrix, axis = g.ndim > 1, h.output_axis
-        q = g.square().mean([a for a in range(g.ndim) if a != axis]) if matrix else g.square().mean()
+        q = g.square().mean([a for a in range(g.ndim) if not matrix or a != axis])
         s.v = s.v.lerp(q, 1 - h.beta)
         rho = h.debias / s.v.clamp(min=2.0**-125)
-        fan = p.shape[axis] / max(p.numel(), 1) if matrix else 0.25
-        eta = h.eta or fan**0.5
+        eta = h.eta or (p.shape[axis] / max(p.numel(), 1) if matrix else 0.25) ** 0.5
         c = (1 + h.c_coef * h.root * s.b).rsqrt()
         d = 1 / (1 + h.d_coef * h.root * eta**0.5 * s.b)
         pull = c * h.lr * rho * q  # gamma / lr
         s.b = s.b + h.lr * pull * (1 + s.b)
         push, pull = d * eta * rho.sqrt(), d * (pull / 2 + h.weight_decay)
-        if matrix:
-            push, pull = along(push, axis, g.ndim), along(pull, axis, g.ndim)
-        u = push * g + pull * p
+        u = along(push, axis, g.ndim) * g + along(pull, axis, g.ndim) * p
         if h.momentum:
-            s.m = s.m.lerp(u, 1 - h.momentum)
-            u = s.m
+            u = s.m = s.m.lerp(u, 1 - h.momentum)
         return u
 
     @staticmethod
     def options_for(module, name, p, h):
-        chosen = by_pattern(h.etas, name)
-        kind = {"output_axis": 1} if type(module).__name__ == "Conv1D" and p.ndim > 1 else {}
-        if chosen is not None:
-            return kind | {"eta": float(chosen)}
-        if isinstance(module, torch.nn.Embedding):
-            return {"eta": (2 / module.embedding_dim) ** 0.5}
-        is_gain = p.ndim < 2 and "norm" in type(module).__name__.lower() and name.endswith("weight")
-        return {"eta": 1.0} if is_gain else kind
+        eta = by_pattern(h.etas, name) or h.eta
+        if eta is None and isinstance(module, torch.nn.Embedding):
+            eta = (2 / module.embedding_dim) ** 0.5
+        elif eta is None and p.ndim < 2 and "norm" in type(module).__name__.lower() and name.endswith("weight"):
+            eta = 1.0
+        axis = {"output_axis": 1} if type(module).__name__ == "Conv1D" and p.ndim > 1 else {}
+        return axis if eta is None else axis | {"eta": float(eta)}
 
     @staticmethod
     def refuses(h):
-        reasons = {"etas": "it needs the names of the parameters: build the optimizer from the model"}
-        if not h.momentum:
-            reasons["cautious"] = "without momentum only the decay of the weights could disagree with the gradient"
-        return reasons
+        idle = {} if h.momentum else {"cautious": "without momentum only the decay could disagree with the gradient"}
+        return idle | {"etas": "it needs the names of the parameters: build the optimizer from the model"}

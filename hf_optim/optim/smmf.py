@@ -61,7 +61,8 @@ class SMMF(Optimizer):
 
     @staticmethod
     def refuses(h):
-        return {} if h.beta1 else {"cautious": "without a first moment the update always agrees with the gradient"}
+        needs = ("cautious", "growth")
+        return {} if h.beta1 else {name: "it needs `beta1`" for name in needs}
 
 
 def matrix(shape, h):
