@@ -25,21 +25,26 @@ def prepare() -> None:
 
     import hf_optim
 
-    from .trainer.loss import add_effective_lr, delivering
+    from .trainer.loss import add_effective_lr, delivering, divide_once
 
     names = os.environ.get("HF_OPTIM_REPLACE", "")
     hf_optim.register(replace=tuple(name for name in names.replace(" ", "").split(",") if name))
-    Accelerator.backward = delivering(Accelerator.backward)
-    original = Trainer.log
-    if getattr(original, "_hf_optim", False):
+    if getattr(Accelerator.backward, "_delivers_loss", False):
         return
+    Accelerator.backward = delivering(Accelerator.backward)
+    create, report = Trainer.create_accelerator_and_postprocess, Trainer.log
 
-    @functools.wraps(original)
+    @functools.wraps(create)
+    def create_accelerator_and_postprocess(self: Any) -> None:
+        create(self)
+        divide_once(self)
+
+    @functools.wraps(report)
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         add_effective_lr(self.optimizer, logs)
-        original(self, logs, *args, **kwargs)
+        report(self, logs, *args, **kwargs)
 
-    log._hf_optim = True  # type: ignore[attr-defined]
+    Trainer.create_accelerator_and_postprocess = create_accelerator_and_postprocess  # type: ignore[method-assign]
     Trainer.log = log  # type: ignore[method-assign]
 
 

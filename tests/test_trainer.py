@@ -32,7 +32,7 @@ def kwargs_of(name, optim_args=None, **fields):
 
 def test_name_is_a_choice_everywhere(name, tmp_path):
     parser = HfArgumentParser(TrainingArguments)
-    assert name in parser.format_help()
+    assert name in next(action.choices for action in parser._actions if action.dest == "optim")
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", name])
     assert args.optim == name and args.optim is OptimizerNames[name.upper()]
     (tmp_path / "run.json").write_text(json.dumps({"output_dir": str(tmp_path), "optim": name}))
@@ -116,7 +116,7 @@ def test_precedence():
         ("adamw", "beta1", ValueError, "'beta1' is not 'name=value'"),
         ("adalo", "denominator=atan2", ValueError, "it has no ratio"),
         ("amos", "decay=cautious", ValueError, "inside its own rule"),
-        ("adafactor_corrected", "cautious=true", ValueError, "without beta1"),
+        ("adafactor_corrected", "cautious=true", ValueError, "it needs `beta1`"),
     ],
 )
 def test_bad_optim_args_are_refused_by_trainer(optim, text, error, message):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..core import Optimizer
-from ..core.sharding import mean_over_ranks
+from ..core.sharding import mean_over_ranks, whole
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,12 @@ def deliver_loss(accelerator: Accelerator) -> None:
     accelerator.backward = types.MethodType(delivering(type(accelerator).backward), accelerator)
 
 
+def divide_once(trainer: Trainer) -> None:
+    """Trainer divides the loss by the accumulation steps itself; before transformers 5.8 accelerate then did so again,
+    which made every gradient (and every reported loss) of an accumulated step too small."""
+    trainer.accelerator.gradient_accumulation_steps = 1
+
+
 def add_effective_lr(optimizer: Any, logs: dict[str, Any]) -> None:
     """Put the step size that was really used next to the scheduler's `learning_rate`."""
     inner = innermost(optimizer)
@@ -90,11 +96,20 @@ class LossAwareMixin(_Base):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        divide_once(self)
         deliver_loss(self.accelerator)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         add_effective_lr(self.optimizer, logs)
         super().log(logs, *args, **kwargs)
+
+
+class _BeforeStep(TrainerCallback):
+    def __init__(self, trainer: LossAwareTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.trainer.guard_step(model)
 
 
 class LossAwareTrainer(LossAwareMixin, Trainer):
@@ -118,24 +133,36 @@ class LossAwareTrainer(LossAwareMixin, Trainer):
         self.skipped_steps = 0
         self._in_a_row = 0
         self._finite: Any = True  # losses of this step so far, on this rank
+        self._norm: Any = None  # gradient norm of this step before clipping
         super().__init__(*args, **kwargs)
+        self.add_callback(_BeforeStep(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+            self._norm = clip(*args, **kwargs)
+            return self._norm
+
+        self.accelerator.clip_grad_norm_ = clip_grad_norm_
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         self._finite = loss.isfinite() & self._finite
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._guard(model, norm)
-        return norm
-
-    def _guard(self, model: torch.nn.Module, norm: Any) -> None:
-        finite, self._finite = self._finite, True
+    def guard_step(self, model: torch.nn.Module) -> None:
+        """Drop the gradients of a step that would do harm; called after clipping, before `optimizer.step()`."""
+        finite, norm = self._finite, self._norm
+        self._finite, self._norm = True, None
         if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
             return
+        if norm is None:  # nothing was clipped
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = whole(norm) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
         device = self.args.device
-        fine = torch.as_tensor(finite, device=device) & torch.as_tensor(norm, device=device).isfinite()
+        fine = torch.as_tensor(finite, device=device) & norm.to(device).isfinite()
         if bool(mean_over_ranks(fine.float()) == 1):
             self._in_a_row = 0
             return

@@ -41,6 +41,7 @@ def _torch() -> dict[str, Any]:
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "torch": torch.__version__,  # with the build, which the metadata leaves out
         "cuda devices": ", ".join(devices) or "none",
         "cpu threads": torch.get_num_threads(),
         "compiler of backend=fused": "Triton" if devices else shutil.which("g++") or shutil.which("clang++") or "none",
