@@ -185,6 +185,8 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"{type(self).__name__}: a parameter group must be a dict, got {type(param_group).__name__}"
             )
+        if self._release is not None:
+            raise ValueError(f"{type(self).__name__}: remove() the gradient release before adding parameters")
         internal = {"optimizer", "step", *self.shared}
         own = {k: v for k, v in param_group.items() if k not in (*TAGS, *internal)}
         changed = {k: self.defaults[k] for k, o in self.options().items() if self.defaults[k] != o.default}

@@ -45,7 +45,7 @@ class Release:
             )
 
     def _hook(self, index: int) -> Any:
-        seen = [-1]  # step of the optimizer in which this parameter was last stepped
+        seen: list[Any] = [None]  # the window in which this parameter was last stepped
 
         def hook(p: Tensor) -> None:
             if p.grad is None:
@@ -55,16 +55,14 @@ class Release:
                     self.optimizer._materialize()
                     self.scalars = self.optimizer._begin()
                     self.used = []
-                position = self._position(p)
-                group = self.optimizer.param_groups[position]
-                if seen[0] == group["step"]:
+                if seen[0] is self.scalars:
                     raise RuntimeError(
                         f"{type(self.optimizer).__name__}: a second gradient arrived before step(). Gradient release "
                         "cannot accumulate gradients, nor run with reentrant checkpointing: call step() after every "
                         "backward(), and use `use_reentrant=False`"
                     )
-                seen[0] = group["step"]
-                self._step(position, p, index)
+                seen[0] = self.scalars
+                self._step(self._position(p), p, index)
                 p.grad = None
 
         return hook

@@ -57,7 +57,7 @@ def zeros(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
     """A new buffer for `slot` on the device, and with the placements, of `p`."""
     if slot.fill == "param":
         return p.detach().to(dtype, copy=True)
-    if slot.shape == tuple(p.shape):  # zeros_like keeps strides (channels_last) and every kind of placement
+    if _alike(p, slot):  # full_like keeps strides (channels_last) and every kind of placement
         return torch.full_like(p.detach(), float(slot.fill), dtype=dtype)
     if not isinstance(p, DTensor):
         return torch.full(slot.shape, float(slot.fill), dtype=dtype, device=p.device)
@@ -70,13 +70,18 @@ def zeros(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
     )
 
 
+def _alike(p: Tensor, slot: Slot) -> bool:
+    """Not by the shape alone: of a (2, 1) weight, the 2 x 1 bytes of packed signs follow axis 0 only."""
+    return slot.shape == tuple(p.shape) and slot.axes == tuple(range(p.ndim))
+
+
 def _follows(p: Tensor, slot: Slot) -> list[int | None]:
     """The parameter axis that each dimension of the buffer is sharded with."""
     return [a if a is not None and slot.shape[i] == p.shape[a] else None for i, a in enumerate(slot.axes)]
 
 
 def _placements(p: DTensor, slot: Slot) -> list[Any]:
-    if slot.shape == tuple(p.shape):
+    if _alike(p, slot):
         return list(p.placements)
     follows = _follows(p, slot)
     return [

