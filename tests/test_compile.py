@@ -17,9 +17,10 @@ import hf_optim
 from hf_optim.core import execute
 
 
-# nine matrices and nine vectors: a full chunk and a single tensor of each rank; a scalar, sizes of one, nothing
-MODEL = (*((4 + i, 6) for i in range(9)), *((5 + i,) for i in range(9)), (), (1,), (1, 4), (3, 2, 2), (0, 3))
-OTHER = (*((7 + i, 3 + i) for i in range(9)), *((11 + i,) for i in range(9)), (), (1,), (1, 9), (5, 4, 3), (2, 0))
+# With chunks of three: a full chunk and a single tensor of each rank; a scalar, sizes of one, nothing. Code for whole
+# shapes may compare sizes (which axis is longer, whether signs fill their bytes): OTHER is like MODEL in that.
+MODEL = (*[(9, 10)] * 4, *((5 + i,) for i in range(4)), (), (1,), (1, 10), (5, 3, 4), (0, 3), (12, 10))
+OTHER = (*[(10, 11)] * 4, *((11 + i,) for i in range(4)), (), (1,), (1, 11), (7, 4, 5), (2, 0), (31, 11))
 
 
 @pytest.fixture
@@ -34,9 +35,15 @@ def graphs(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
     monkeypatch.setattr(execute, "_broken", False)
+    monkeypatch.setattr(execute, "CHUNK", 3)
     fresh()
     yield traced
     fresh()
+
+
+def but(*fast):
+    """All names of the registry as parameters; all but `fast` are left to `-m slow`."""
+    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in hf_optim.list_optimizers()]
 
 
 def fresh():
@@ -48,67 +55,91 @@ def far(params, others):
     return max(((p - q).abs().max() / (1 + q.abs().max())).item() for p, q in zip(params, others) if p.numel())
 
 
-@pytest.mark.parametrize("flags", [False, True])
-def test_fused_steps_are_the_steps_of_the_loop(name, flags, graphs):
-    options = {**brisk(name), **(flags_on(name) if flags else rich(name)), "weight_decay": 0.1}
-    one, params = build(name, MODEL, backend="loop", **options)
-    two, theirs = build(name, MODEL, backend="fused", **options)
-    advance(one, params, 3)
+@pytest.mark.parametrize("which", but("adamw", "adafactor_corrected", "adalo"))
+def test_fused_steps_are_the_steps_of_the_loop(which, graphs):
+    options = {**brisk(which), **flags_on(which)}
+    one, params = build(which, MODEL, backend="loop", **options)
+    two, theirs = build(which, MODEL, backend="fused", **options)
+    advance(one, params, 2)
     assert not graphs
-    advance(two, theirs, 3)
+    advance(two, theirs, 2)
     assert graphs and far(theirs, params) < 2e-6
     assert [two.state[p]["step"] for p in theirs] == [one.state[p]["step"] for p in params]
 
 
-def test_few_graphs_and_none_later(name, graphs):
-    optimizer, params = build(name, MODEL, backend="fused", **moments(name))
+@pytest.mark.parametrize("which", but("adamw", "adafactor_corrected"))
+def test_few_graphs_and_none_later(which, graphs):
+    optimizer, params = build(which, MODEL, backend="fused", **moments(which))
     advance(optimizer, params, 1)
     first = len(graphs)
-    # two chunk sizes of: long, one element / and by rank and by axes of one element, where the shape is part of the rule
-    assert first <= (3 if optimizer.elementwise else 10)
+    # elementwise: a chunk and a single one of flat tensors, () and (1,); else by rank and axes of one element too
+    assert first <= (4 if optimizer.elementwise else 10)
     advance(optimizer, params, 2, first=2)
     group = optimizer.param_groups[0]
     group["lr"], group["weight_decay"] = 0.37, 0.01
     advance(optimizer, params, 2, first=4)
-    if optimizer.needs_loss:
-        fill_grads(params, seed=6)
-        optimizer.step(loss=123.0)
+    fill_grads(params, seed=6)
+    optimizer.step(loss=123.0)
     fill_grads(params, seed=7)
-    params[3].grad = params[12].grad = None  # eight are left of each nine
+    params[3].grad = params[7].grad = None  # three are left of each four
     optimizer.step(loss=loss_at(7))
     fill_grads(params, seed=8)
-    optimizer.step(loss=loss_at(8))  # and are a step ahead of the ninth
+    optimizer.step(loss=loss_at(8))  # and are a step ahead of the fourth
     assert len(graphs) == first, "a step was compiled again"
-    other, theirs = build(name, OTHER, backend="fused", lr=0.2, **moments(name))
+    other, theirs = build(which, OTHER, backend="fused", lr=0.2, **moments(which))
     advance(other, theirs, 2)
     assert len(graphs) == first, "another model was compiled again"
-    reference, expected = build(name, OTHER, backend="loop", lr=0.2, **moments(name))
+    reference, expected = build(which, OTHER, backend="loop", lr=0.2, **moments(which))
     advance(reference, expected, 2)
     assert far(theirs, expected) < 2e-6
 
 
-def test_two_groups_share_code_where_only_rates_differ(name, graphs):
+SIZES = (64, 128, 192, 256, 100, 1)
+MANY = [(m, n) for m in SIZES for n in (*SIZES[:4], 77, 3)] + [(k,) for k in SIZES]
+MANY += [(64, 3, 7, 7), (64, 64, 3, 3), (64, 64, 1, 1), (128, 64, 3, 3), (128, 64, 1, 1), (64, 1, 3, 3)]
+
+
+@pytest.mark.parametrize("which", but())
+def test_the_shapes_of_many_models_take_a_dozen_graphs(which, graphs):
+    for shape in MANY:
+        optimizer, params = build(which, [shape], backend="fused", **moments(which))
+        advance(optimizer, params, 1)
+    assert len(graphs) <= 16 and not execute._broken
+
+
+def test_more_kinds_of_shapes_than_dynamo_allows_go_through_the_loop(graphs, caplog):
+    shapes = [(9, 10), (10, 9), (6, 6), (9, 3), (3, 9)]
+    one, params = build("adafactor_corrected", shapes, backend="loop")
+    two, theirs = build("adafactor_corrected", shapes, backend="fused")
+    advance(one, params, 2)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        advance(two, theirs, 2)
+    assert execute._broken and "torch.compile failed for Adafactor" in caplog.text
+    assert graphs and far(theirs, params) < 2e-6
+
+
+@pytest.mark.parametrize("which", but("adamw"))
+def test_two_groups_share_code_where_only_rates_differ(which, graphs):
     def run(**second):
-        a, b = make_params(MODEL[:9]), make_params(MODEL[:9], seed=1)
+        a, b = make_params(MODEL[:4]), make_params(MODEL[:4], seed=1)
         groups = [{"params": a, "lr": 0.1, "weight_decay": 0.1}, {"params": b, **second}]
-        optimizer = hf_optim.create(name, groups, backend="fused")
+        optimizer = hf_optim.create(which, groups, backend="fused")
         advance(optimizer, [*a, *b], 2)
         return len(graphs)
 
-    assert run(lr=0.2) == run(lr=0.3, weight_decay=0.5) <= 2
-    before = len(graphs)
-    assert run(lookahead=True) > before  # an option is a constant of the code
+    assert run(lr=0.2) == run(lr=0.3, weight_decay=0.5) == 2
+    assert run(lookahead=True) > 2  # an option is a constant of the code
 
 
-def test_a_state_loaded_into_the_other_backend_continues(name, graphs):
-    one, params = build(name, MODEL, backend="loop", **rich(name))
+@pytest.mark.parametrize("which", but("adamw"))
+def test_a_state_loaded_into_the_other_backend_continues(which, graphs):
+    one, params = build(which, MODEL, backend="loop", **rich(which))
     advance(one, params, 2)
-    saved = one.state_dict()
-    two = hf_optim.create(name, make_params(MODEL), **rich(name))
+    two = hf_optim.create(which, make_params(MODEL), **rich(which))
     theirs = list(two.parameters())
     for p, q in zip(theirs, params):
         p.data.copy_(q)
-    two.load_state_dict(saved)
+    two.load_state_dict(one.state_dict())
     two.param_groups[0]["backend"] = "fused"
     advance(one, params, 2, first=3)
     assert not graphs
@@ -116,18 +147,17 @@ def test_a_state_loaded_into_the_other_backend_continues(name, graphs):
     assert graphs and far(theirs, params) < 2e-6
 
 
-def test_precisions_agree_between_backends(name, graphs):
+@pytest.mark.parametrize("which", but("adamw"))
+def test_precisions_agree_between_backends(which, graphs):
     for options in ({"precision": "kahan"}, {"precision": "stochastic", "state_dtype": "bfloat16"}):
         runs = []
         for backend in ("loop", "fused"):
-            optimizer, params = build(name, MODEL[:10], dtype=BF16, backend=backend, **moments(name), **options)
+            optimizer, params = build(which, [(30, 20)] * 4, dtype=BF16, backend=backend, **moments(which), **options)
             advance(optimizer, params, 2)
             runs.append([p.detach() for p in params])
-            if options["precision"] == "kahan":
-                assert any(optimizer.state[p]["residual"].any() for p in params)
         # scalars are float64 in the loop and fp32 in a graph: a last bit of fp32 tips a bf16 number now and then
         different = torch.cat([(a != b).flatten() for a, b in zip(*runs)]).float().mean()
-        assert different < 0.02, (options, different)
+        assert different < 0.01, (options, different)
         for a, b in zip(*runs):
             assert torch.allclose(a.float(), b.float(), rtol=2**-7)
 
@@ -155,7 +185,8 @@ def test_the_wait_for_the_compiler_is_announced_once(graphs, caplog):
     execute._announce.cache_clear()
     optimizer, params = build("adamw", MODEL, backend="fused")
     advance(optimizer, params, 2)
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["compiling the step of AdamW"]
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("hf_optim")]
+    assert [message.split(":")[0] for message in ours] == ["compiling the step of AdamW"]
 
 
 # ---- compilers that fail -------------------------------------------------------------------------------------------
@@ -169,7 +200,7 @@ def failing(kind):
             if kind == "dynamo":
                 raise torch._dynamo.exc.Unsupported("graph break in a place\nand more lines")
             if kind == "inductor":
-                raise torch._inductor.exc.InductorError(RuntimeError("no compiler here"))
+                raise torch._inductor.exc.InductorError(RuntimeError("no compiler here"), None)
             return function(*args)
 
         return run
@@ -177,24 +208,28 @@ def failing(kind):
     return compile_
 
 
-@pytest.mark.parametrize("kind", ["dynamo", "inductor", "backend"])
-def test_a_compiler_that_fails_leaves_it_to_the_loop(name, kind, monkeypatch, caplog):
-    if kind == "backend":
+def failing_backend():
+    """torch.compile as it is, with a backend that cannot generate code."""
 
-        def backend(graph, inputs):
-            raise RuntimeError("cannot generate code")
+    def backend(graph, inputs):
+        raise RuntimeError("cannot generate code")
 
-        real = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=backend, **options))
-    else:
-        monkeypatch.setattr(torch, "compile", failing(kind))
+    real = torch.compile
+    return lambda f, **options: real(f, backend=backend, **options)
+
+
+CASES = [(n, k) for n in hf_optim.list_optimizers() for k in ("dynamo", "inductor")] + [("adamw", "backend")]
+
+
+@pytest.mark.parametrize("which, kind", CASES)
+def test_a_compiler_that_fails_leaves_it_to_the_loop(which, kind, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", failing_backend() if kind == "backend" else failing(kind))
     monkeypatch.setattr(execute, "_broken", False)
-    execute._announce.cache_clear()
     fresh()
-    one, params = build(name, MODEL, backend="loop", **rich(name))
-    two, theirs = build(name, MODEL, backend="fused", **rich(name))
+    one, params = build(which, MODEL, backend="loop", **rich(which))
+    two, theirs = build(which, MODEL, backend="fused", **rich(which))
     for _ in range(2):
-        more, others = build(name, MODEL, backend="fused", **rich(name))
+        more, others = build(which, MODEL, backend="fused", **rich(which))
         advance(more, others, 1)
     advance(one, params, 3)
     advance(two, theirs, 3)
@@ -273,7 +308,7 @@ def test_generated_code_equals_the_loop():
 @pytest.mark.parametrize("flags", [False, True])
 def test_generated_code_equals_the_loop_for_all(name, flags):
     options = {**brisk(name), **(flags_on(name) if flags else rich(name))}
-    _, params, _, theirs = compare_with_inductor(name, MODEL, **options)
+    _, params, _, theirs = compare_with_inductor(name, [(40, 24), (5, 3, 4), (33,), ()], **options)
     assert far(theirs, params) < 2e-6
     options = {"dtype": BF16, "precision": "stochastic", "state_dtype": "bfloat16", **moments(name)}
     _, params, _, theirs = compare_with_inductor(name, [(64, 64), (33,)], **options)

@@ -28,7 +28,7 @@ def steady(name, options, steps, dtype=BF16, start=1.0, gradient=1.0, shape=(32,
     p = torch.nn.Parameter(torch.full(shape, start, dtype=dtype))
     optimizer = hf_optim.create(name, [p], **options)
     p.grad = torch.full(shape, gradient, dtype=dtype)
-    for t in range(1, steps + 1):
+    for _ in range(steps):
         optimizer.step(loss=loss_at(1) if optimizer.needs_loss else None)
     return p.detach(), optimizer.state[p]
 
@@ -230,7 +230,7 @@ def test_parameters_steps_and_elements_get_noise_of_their_own(name):
     # and the engine hands them over: equal weights with equal gradients part
     params = [torch.nn.Parameter(torch.full((64,), 1.0, dtype=BF16)) for _ in range(2)]
     optimizer = hf_optim.create(name, params, precision="stochastic", **TINY.get(name, {"lr": 1e-4}))
-    for t in range(1, 21):
+    for _ in range(20):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step(loss=loss_at(1))

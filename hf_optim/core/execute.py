@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 CHUNK = 8  # tensors per compiled call: a call costs ~30 us of guards, and compile time grows with the chunk
 BLOCK = 1 << 17  # elements of a CPU tensor that the eager loop works on at a time
 AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it will save
-COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
+COMPILER_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,  # more kinds of shapes than Dynamo wants to compile
+    torch._inductor.exc.InductorError,
+)
 _broken = False  # set by the first compiler failure of the process
 
 
