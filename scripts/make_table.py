@@ -1,18 +1,23 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Write the optimizer table of the README from the registry: `python scripts/make_table.py [--check]`."""
+"""Write the tables of the README: `python scripts/make_table.py [--check]`.
 
+The optimizers come from the registry, the comparison from `scripts/results/results.json`: what
+`python scripts/bootstrap.py demo --output_dir scripts/results` wrote.
+"""
+
+import json
 import sys
 from pathlib import Path
 
 import hf_optim
 
 
-README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- optimizers: start, by scripts/make_table.py -->", "<!-- optimizers: end -->"
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "results" / "results.json"
 
 
-def table() -> str:
+def optimizers() -> str:
     """One row per registered optimizer."""
     head = "| `--optim` | what it is | state, bytes per parameter | `learning_rate` | paper |"
     rows = [head, "|---|---|---|---|---|"]
@@ -25,15 +30,39 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def with_table(text: str) -> str:
-    """The README with the table between its two markers."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+def comparison() -> str:
+    """What the demo printed when its results were committed."""
+    record = json.loads(RESULTS.read_text())
+    rows = [
+        "| optimizer | accuracy | eval loss | state, bytes per parameter | ms per optimizer step |",
+        "|---|---|---|---|---|",
+    ]
+    for r in record["results"]:
+        settings = ", ".join(f"{k}={v}" if k == "learning_rate" else v for k, v in r["hyperparameters"].items())
+        rows.append(
+            f"| `{r['optim']}` ({settings}) | {r['accuracy']:.1%} | {r['eval_loss']:.3f} | "
+            f"{r['state_bytes'] / r['parameters']:.3f} | {1e3 * r['optimizer_step_seconds']:.0f} |"
+        )
+    eval_rows = record["results"][0]["eval_rows"]
+    rows += ["", f"One seed, {eval_rows:,} texts; {record['date']}, {record['machine']}, torch {record['torch']}."]
+    return "\n".join(rows)
+
+
+TABLES = {"optimizers": optimizers, "comparison": comparison}
+
+
+def with_tables(text: str) -> str:
+    """The README with each table between its two markers."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name}: start, by scripts/make_table.py -->", f"<!-- {name}: end -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n\n{make()}\n\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":
     old = README.read_text()
-    new = with_table(old)
+    new = with_tables(old)
     if "--check" in sys.argv[1:]:
         sys.exit("README.md is out of date: run `python scripts/make_table.py`" if old != new else 0)
     README.write_text(new)
