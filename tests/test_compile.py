@@ -34,7 +34,7 @@ def graphs(monkeypatch):
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
-    monkeypatch.setattr(execute, "_broken", False)
+    monkeypatch.setattr(execute, "_broken", set())
     monkeypatch.setattr(execute, "CHUNK", 3)
     fresh()
     yield traced
@@ -224,7 +224,7 @@ CASES = [(n, k) for n in hf_optim.list_optimizers() for k in ("dynamo", "inducto
 @pytest.mark.parametrize("which, kind", CASES)
 def test_a_compiler_that_fails_leaves_it_to_the_loop(which, kind, monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", failing_backend() if kind == "backend" else failing(kind))
-    monkeypatch.setattr(execute, "_broken", False)
+    monkeypatch.setattr(execute, "_broken", set())
     fresh()
     one, params = build(which, MODEL, backend="loop", **rich(which))
     two, theirs = build(which, MODEL, backend="fused", **rich(which))
@@ -251,7 +251,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(execute, "_broken", False)
+    monkeypatch.setattr(execute, "_broken", set())
     execute.compiled.cache_clear()
     optimizer, params = build("adamw", [(4, 6)], backend="fused")
     fill_grads(params, seed=1)

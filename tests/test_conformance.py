@@ -321,15 +321,16 @@ def key_sets(name):
 
 def test_keys_of_checkpoints_are_frozen(name):
     known = json.loads(KEYS.read_text())
-    assert name in known, f"new optimizer: run `python {Path(__file__).name}` once and commit {KEYS.name}"
+    if name not in known:
+        pytest.skip(f"not released yet; `python {Path(__file__).name}` freezes the keys of a release")
     assert key_sets(name) == known[name], (
         "the keys of a checkpoint changed: sharded checkpoints of the last release would no longer load. If that is "
         f"meant, delete the entry from {KEYS.name}, run `python {Path(__file__).name}` and say so in the release notes"
     )
 
 
-def test_no_keys_are_frozen_for_what_is_gone():
-    assert set(json.loads(KEYS.read_text())) == set(hf_optim.list_optimizers())
+def test_no_frozen_optimizer_is_gone():
+    assert set(json.loads(KEYS.read_text())) <= set(hf_optim.list_optimizers())
 
 
 # ---- groups and schedules ------------------------------------------------------------------------------------------

@@ -485,7 +485,7 @@ def test_smmf_factors_keep_row_and_column_sums():
 
 
 def test_signs_survive_packing():
-    for m, n in [(1, 1), (3, 7), (3, 8), (2, 9), (5, 16), (4, 17), (5, 0)]:
+    for m, n in [(1, 1), (3, 7), (3, 8), (2, 9), (5, 16), (4, 17), (0, 5), (5, 0)]:
         x = torch.randn(m, n)
         packed = pack_signs(x)
         assert packed.dtype == torch.uint8 and packed.shape == (m, -(-n // 8))

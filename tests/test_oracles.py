@@ -213,7 +213,7 @@ def test_a_flag_changes_the_result_or_is_rejected(name, flag):
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
     """Another test's compiler failure must not send these through the loop, nor the other way round."""
-    monkeypatch.setattr(execute, "_broken", False)
+    monkeypatch.setattr(execute, "_broken", set())
 
 
 def compiles(run):
@@ -251,6 +251,7 @@ def test_fused_with_every_option_and_flag(name):
         assert run.go(199) < BAR, case
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="pytorch#196570: Inductor's CPU code fails with KeyError, the loop takes over")
 @pytest.mark.parametrize("rule", ["adamw", "adalo"])
 def test_fused_centralize_of_an_elementwise_rule(rule):

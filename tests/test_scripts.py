@@ -364,7 +364,7 @@ def test_the_table_fits_80_columns(script):
     assert lines["adamw_torch"] == ["adamw_torch", "lr=0.0004", "75.0%", "0.900", "8.0", "8.000", "12.3", "34"]
     assert lines["adalo"] == ["adalo", "mode=loss", "76.0%", "0.900", "4.0", "4.000", "12.3", "34"]
     assert lines["kappa=2.5"] == ["kappa=2.5"]
-    assert "texts is 1.3 points" in " ".join(text.split())  # sqrt(0.75 * 0.25 / 1200)
+    assert "texts is 1.2 points" in " ".join(text.split())  # sqrt(0.75 * 0.25 / 1200)
 
 
 def test_the_plot_says_what_it_shows(script, tmp_path):
@@ -472,8 +472,8 @@ def test_bootstrap_makes_the_venv_once_and_runs(run, script, monkeypatch, tmp_pa
         created.append(folder)
         (tmp_path / "python").touch()
 
-    def execute(command, cwd):
-        assert cwd == ROOT
+    def execute(command, cwd, env):
+        assert cwd == ROOT and ("MALLOC_TRIM_THRESHOLD_" in env) == ("compare" in command[1])
         commands.append(list(command))
         return subprocess.CompletedProcess(command, 0)
 

@@ -406,12 +406,9 @@ def test_collectives_per_step_are_few(name):
 
 def square_matrices():
     mesh = init_device_mesh("cpu", (2,))
-    found = compare("smmf", *run_both("smmf", {"matricize": "square"}, torch.float32, mesh), exact=False)
-    assert not found, "\n".join(found)
+    with pytest.raises(ValueError, match="SMMF: `matricize=square` mixes rows, use `rows` under FSDP2"):
+        run_both("smmf", {"matricize": "square"}, torch.float32, mesh)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a reshape across rows of a DTensor is refused by torch; gather or refuse: open"
-)
-def test_smmf_with_square_matrices():
+def test_smmf_refuses_square_matrices_of_shards():
     launch(2, square_matrices)

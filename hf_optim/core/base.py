@@ -102,6 +102,11 @@ class Optimizer(torch.optim.Optimizer):
         return {}
 
     @staticmethod
+    def needs_whole(h: Any) -> str:
+        """Why these options cannot work on a sharded parameter; empty if they can."""
+        return ""
+
+    @staticmethod
     def options_for(module: torch.nn.Module, name: str, p: Tensor, h: Any) -> dict[str, Any]:
         """Options that a parameter gets from the kind of its module; [`param_groups`] makes groups of them."""
         return {}
@@ -296,6 +301,9 @@ class Optimizer(torch.optim.Optimizer):
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if group["precision"] != "nearest" and p.dtype != torch.bfloat16:
             self._warn_precision(p, group["precision"])
+        reason = self.needs_whole(self._group_view(group))
+        if reason and sharding.is_sharded(p):
+            raise ValueError(f"{type(self).__name__}: {reason}")
         state: dict[str, Any] = {"step": 0}
         for name, slot in self.slots(p, self._group_view(group)).items():
             dtype = slot.dtype or precision.state_dtype(p, group["state_dtype"] if slot.narrow else "float32")

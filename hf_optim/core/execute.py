@@ -30,7 +30,7 @@ COMPILER_ERRORS = (
     torch._dynamo.exc.FailOnRecompileLimitHit,  # more kinds of shapes than Dynamo wants to compile
     torch._inductor.exc.InductorError,
 )
-_broken = False  # set by the first compiler failure of the process
+_broken: set[Any] = set()  # optimizers of this process that the compiler has failed on
 
 
 def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
@@ -43,7 +43,7 @@ def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
 def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backend: str) -> list[Any]:
     """Run a call by the `backend` option (`auto` already resolved). Returns the step size used for each item.
 
-    A compiler that fails does so before anything is written: that chunk, and all later ones of the process, go
+    A compiler that fails does so before anything is written: that chunk, and all later ones of that optimizer, go
     through the loop, with one warning.
     """
     used: list[Any] = []
@@ -165,7 +165,7 @@ def _fusable(call: Call, backend: str) -> bool:
     first = call.items[0].weight
     return (
         backend == "fused"
-        and not _broken
+        and call.spec.rule not in _broken
         and not sharding.is_sharded(first)  # rules with reductions run on DTensors, eagerly
         and first.dtype != torch.float64  # scalars travel in fp32
         and first.numel() > 0
@@ -173,8 +173,7 @@ def _fusable(call: Call, backend: str) -> bool:
 
 
 def _give_up(spec: Spec, error: Exception) -> None:
-    global _broken
-    _broken = True
+    _broken.add(spec.rule)
     logger.warning(
         "torch.compile failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
         spec.rule.__name__,

@@ -82,7 +82,7 @@ def square_shape(numel: int) -> tuple[int, int]:
 def pack_signs(x: Tensor) -> Tensor:
     """Bits `x > 0` of an (m, n) matrix, eight to a byte: (m, ceil(n / 8)) uint8, rows byte-aligned, low bit first."""
     m, n = x.shape
-    bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -n % 8)).view(m, -1, 8)
+    bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -n % 8)).view(m, -(-n // 8), 8)
     return (bits * _places(x)).sum(-1, dtype=torch.uint8)
 
 

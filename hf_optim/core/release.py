@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import sharding
@@ -27,9 +26,12 @@ class Release:
         self.used: list[Any] = []
         self._refuse()
         self.handles = []
-        for index, p in enumerate(optimizer.parameters()):
-            if p.requires_grad:
-                self.handles.append(p.register_post_accumulate_grad_hook(self._hook(index)))
+        index = 0
+        for position, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    self.handles.append(p.register_post_accumulate_grad_hook(self._hook(position, index)))
+                index += 1
 
     def _refuse(self) -> None:
         owner = type(self.optimizer).__name__
@@ -37,14 +39,13 @@ class Release:
             needs = self.optimizer.sums(self.optimizer._group_view(group))
             if needs:
                 raise ValueError(f"{owner}: {', '.join(needs)} needs all gradients at once; drop gradient release")
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and not all(sharding.is_sharded(p) for p in self.optimizer.parameters()):
+        if sharding.several_ranks() and not all(sharding.is_sharded(p) for p in self.optimizer.parameters()):
             raise ValueError(
                 f"{owner}: under DDP a gradient is averaged after the hook that would use it; use FSDP2 (and call "
                 "release_gradients after fully_shard), or drop gradient release"
             )
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, position: int, index: int) -> Any:
         seen: list[Any] = [None]  # the window in which this parameter was last stepped
 
         def hook(p: Tensor) -> None:
@@ -62,14 +63,10 @@ class Release:
                         "backward(), and use `use_reentrant=False`"
                     )
                 seen[0] = self.scalars
-                self._step(self._position(p), p, index)
+                self._step(position, p, index)
                 p.grad = None
 
         return hook
-
-    def _position(self, p: Tensor) -> int:
-        groups = self.optimizer.param_groups
-        return next(i for i, group in enumerate(groups) if any(q is p for q in group["params"]))
 
     def _step(self, position: int, p: Tensor, index: int) -> None:
         if not p.numel():
@@ -83,9 +80,14 @@ class Release:
 
     def finish(self) -> None:
         """`step()` closes the window: the next gradient belongs to the next step."""
-        if self.scalars is not None:
-            self.optimizer._used = self.used
-        self.scalars = None
+        if self.scalars is None:
+            return
+        self.optimizer._used, self.scalars = self.used, None
+        if any(p.grad is not None for p in self.optimizer.parameters()):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}: a parameter that was frozen when gradients were released has one "
+                "now; remove() the release and call release_gradients() again after unfreezing"
+            )
 
     def remove(self) -> None:
         """Back to ordinary steps."""

@@ -178,9 +178,13 @@ def flat_offset(p: Tensor) -> int:
     return offset[0] * (p.numel() // max(p.shape[0], 1))
 
 
+def several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a scalar over the default process group; a collective call where there is more than one rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_ranks():
         return x
     x = x.clone()
     dist.all_reduce(x)

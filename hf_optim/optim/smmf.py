@@ -16,13 +16,11 @@ class SMMF(Optimizer):
         p <- p - lr weight_decay p - lr m / (sqrt(v) + eps)
         r_m = row sums of |m|,  c_m = column sums / total,  sign = [m > 0];  r_v, c_v likewise
 
-    `growth` below 1 makes the momentum vanish in long runs (0.33 of 0.9 is left after 1000 steps); `beta1=none` keeps
-    no first moment. `decay_rate` is -0.5 for CNNs and -0.8 for transformers. https://huggingface.co/papers/2412.08894
-
-    Deviations: the matrix has the parameter's own rows (`matricize=rows`) unless `square` asks for the paper's
-    nearest-to-square reshape. That mixes rows, and since a bit cannot say "zero", embedding rows that never get a
-    gradient drift as fast as the others move. Signs are packed to bits (the reference code stores bytes). Gradients
-    are fp32 before they are squared (fp16 squares are 0, and the step explodes).
+    `growth` below 1 makes the momentum vanish (0.33 of 0.9 is left after 1000 steps); `decay_rate` is -0.5 for CNNs
+    and -0.8 for transformers. https://huggingface.co/papers/2412.08894. Deviations: the matrix has the parameter's own
+    rows unless `matricize=square` asks for the paper's reshape. That mixes rows, and since a bit cannot say "zero",
+    embedding rows that never get a gradient drift as fast as the others move. Signs are packed to bits (the reference
+    code stores bytes). fp16 gradients are squared in fp32.
     """
 
     beta1: float | None = hp(0.9, "first decay of the average gradient; none keeps no average", ge=0, lt=1)
@@ -61,20 +59,22 @@ class SMMF(Optimizer):
 
     @staticmethod
     def refuses(h):
-        needs = ("cautious", "growth")
-        return {} if h.beta1 else {name: "it needs `beta1`" for name in needs}
+        return {} if h.beta1 else {name: "it needs `beta1`" for name in ("cautious", "growth")}
+
+    @staticmethod
+    def needs_whole(h):
+        return "`matricize=square` mixes rows, use `rows` under FSDP2" if h.matricize == "square" else ""
 
 
 def matrix(shape, h):
     """The (m, n) that a tensor is seen as: its rows, or nearest to a square."""
-    numel = shape.numel()
     if h.matricize == "square":
-        return square_shape(numel)
-    return (shape[0], numel // max(shape[0], 1)) if len(shape) else (1, 1)
+        return square_shape(shape.numel())
+    return (shape[0], shape.numel() // max(shape[0], 1)) if len(shape) else (1, 1)
 
 
 def factors(x):
     """Row sums, and column sums over the total: their outer product has the row and column sums of x."""
-    row, col = x.sum(1), x.sum(0)
+    col = x.sum(0)
     total = col.sum()
-    return row, col / total.where(total > 0, 1.0)
+    return x.sum(1), col / total.where(total > 0, 1.0)
