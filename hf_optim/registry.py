@@ -241,5 +241,4 @@ def param_groups(
                 own["weight_decay"] = 0.0
             key = tuple(sorted(own.items()))
             groups.setdefault(key, {"params": [], **own})["params"].append(p)
-    used_up = ("etas",)
-    return list(groups.values()), {k: v for k, v in options.items() if k not in used_up}
+    return list(groups.values()), {k: v for k, v in options.items() if k not in cls.by_name}

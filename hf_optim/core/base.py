@@ -64,6 +64,7 @@ class Optimizer(torch.optim.Optimizer):
     uses_ratio: ClassVar[bool] = False  # update() ends in h.ratio(num, den), so `denominator` applies
     returns_lr: ClassVar[bool] = False  # update() returns (direction, step size)
     applies_decay: ClassVar[bool] = False  # update() applies h.weight_decay itself, so `decay` does not apply
+    by_name: ClassVar[tuple[str, ...]] = ()  # options that options_for() turns into others, given parameter names
     shared: ClassVar[dict[str, float]] = {}  # optimizer-wide scalars and their first value, kept in every group
 
     @staticmethod
