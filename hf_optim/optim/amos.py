@@ -18,9 +18,8 @@ class Amos(Optimizer):
         p <- p - lr u
 
     eta is the size that the entries of a tensor should have: 1 for norm weights, 0.5 for other vectors, sqrt(2 / dim)
-    for embeddings, else 1 / sqrt(fan_in); `etas` sets it by name. lr should be near 1 / sqrt(number of batches), 0.01
-    to 0.1 for short runs. Keep gradient clipping: one spike raises gamma by up to 1 / (1 - beta), and b for good.
-
+    for embeddings, else 1 / sqrt(fan_in); `etas` sets it by name. lr: near 1 / sqrt(batches), 0.01 to 0.1 in short
+    runs. Clip gradients: a spike raises gamma by up to 1 / (1 - beta), and b for good.
     https://huggingface.co/papers/2210.11693. Deviations: the paper's extra L2 is lr weight_decay, as everywhere in
     torch; m averages directions without lr in them, so that a schedule is followed at once.
     """
@@ -36,6 +35,7 @@ class Amos(Optimizer):
     output_axis: int = hp(0, "axis of the output units: 1 for transformers' Conv1D", ge=0, le=1)
 
     needs_matrix = applies_decay = True
+    by_name = ("etas",)
 
     @staticmethod
     def init(p, h):
