@@ -21,6 +21,7 @@ from .registry import OptimInfo, create, info, list_optimizers
 
 
 if TYPE_CHECKING:
+    from .trainer.callbacks import GradientTails as GradientTails
     from .trainer.loss import LossAwareMixin as LossAwareMixin
     from .trainer.loss import LossAwareTrainer as LossAwareTrainer
 
@@ -67,4 +68,8 @@ def __getattr__(name: str) -> Any:
         from .trainer import loss
 
         return getattr(loss, name)
+    if name == "GradientTails":
+        from .trainer.callbacks import GradientTails
+
+        return GradientTails
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
