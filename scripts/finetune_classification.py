@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import hf_optim
+from hf_optim.losses import LOSSES, create_loss, split_loss_args
 from hf_optim.metrics import Accuracy
 
 
@@ -42,7 +43,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 @dataclass
 class ModelArguments:
-    """Which model to fine-tune."""
+    """Which model to fine-tune, and with which loss."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -51,6 +52,13 @@ class ModelArguments:
     dtype: str = field(
         default="float32",
         metadata={"help": "Dtype of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
+    loss: str | None = field(
+        default=None,
+        metadata={"help": f"Loss to train with: {', '.join(LOSSES)}. Default: that of the model."},
+    )
+    loss_args: str | None = field(
+        default=None, metadata={"help": 'Options of the loss, written like those of `--optim_args`: "tau=0.2".'}
     )
 
 
@@ -126,6 +134,12 @@ def build_trainer(
     def compute_metrics(prediction):
         return metric.compute(predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids)
 
+    if model_args.loss_args and not model_args.loss:
+        raise ValueError(f"`--loss_args` ({model_args.loss_args!r}) needs `--loss`: one of {', '.join(LOSSES)}.")
+    loss = None
+    if model_args.loss:
+        loss = create_loss(model_args.loss, model, **split_loss_args(model_args.loss_args))
+
     return hf_optim.LossAwareTrainer(
         model=model,
         args=training_args,
@@ -133,6 +147,8 @@ def build_trainer(
         eval_dataset=datasets["validation"],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
+        compute_loss_func=loss,
+        callbacks=[loss] if loss else None,
     )
 
 

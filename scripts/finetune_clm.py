@@ -33,6 +33,7 @@ from transformers import (
 )
 
 import hf_optim
+from hf_optim.losses import LOSSES, create_loss, split_loss_args
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ VOCAB_SIZE = 2048
 
 @dataclass
 class ModelArguments:
-    """Which model to train."""
+    """Which model to train, and with which loss."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -52,6 +53,13 @@ class ModelArguments:
     dtype: str = field(
         default="float32",
         metadata={"help": "Dtype of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
+    loss: str | None = field(
+        default=None,
+        metadata={"help": f"Loss to train with: {', '.join(LOSSES)}. Default: that of the model."},
+    )
+    loss_args: str | None = field(
+        default=None, metadata={"help": 'Options of the loss, written like those of `--optim_args`: "tau=0.2".'}
     )
 
 
@@ -127,6 +135,12 @@ def build_trainer(
         if limit is not None:
             datasets[split] = datasets[split].select(range(min(limit, len(datasets[split]))))
 
+    if model_args.loss_args and not model_args.loss:
+        raise ValueError(f"`--loss_args` ({model_args.loss_args!r}) needs `--loss`: one of {', '.join(LOSSES)}.")
+    loss = None
+    if model_args.loss:
+        loss = create_loss(model_args.loss, model, **split_loss_args(model_args.loss_args))
+
     return hf_optim.LossAwareTrainer(
         model=model,
         args=training_args,
@@ -134,6 +148,8 @@ def build_trainer(
         eval_dataset=datasets["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        compute_loss_func=loss,
+        callbacks=[loss] if loss else None,
     )
 
 

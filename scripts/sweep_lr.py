@@ -1,0 +1,115 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Finds the learning rates with which every optimizer of hf_optim fine-tunes MiniLM in a short run.
+
+    python scripts/sweep_lr.py                  # all names; 40 minutes on 2 cores
+    python scripts/sweep_lr.py --optim lamb     # one name; the others keep their figures
+
+Every name starts at the learning rate of its class and goes up and down in half decades until two rates in a row no
+longer train. A rate trains if the mean loss of the last steps has come down at least half as far as that of the best
+run of all names. The result, scripts/results/sweep_lr.json, is where the `learning_rate` column of the README comes
+from.
+"""
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from compare_optimizers import SHARED, environment
+from finetune_classification import DataTrainingArguments, ModelArguments, build_trainer
+from rich.progress import track
+from transformers import HfArgumentParser, TrainingArguments, get_linear_schedule_with_warmup, set_seed
+
+import hf_optim
+
+
+RESULT = Path(__file__).resolve().parent / "results" / "sweep_lr.json"
+STEPS, LAST, BATCH = 60, 20, 8
+SHARE = 0.5  # of the largest drop of the loss, which a rate that trains reaches
+GIVE_UP = 2  # rates in a row that do not train
+
+
+def rate(k: int) -> float:
+    """The k-th half decade: 1, 3, 10, 30, ... (times a power of ten)."""
+    return float(f"{10 ** (k / 2):.0e}")
+
+
+class Bench:
+    """A model and batches that every run starts from anew."""
+
+    def __init__(self) -> None:
+        parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+        config = {**SHARED, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "optim": "adamw_torch"}
+        trainer = build_trainer(*parser.parse_dict(config))
+        self.model = trainer.model
+        self.start = copy.deepcopy(self.model.state_dict())
+        self.batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(STEPS))]
+        self.model.train()
+        with torch.no_grad():
+            self.untrained = sum(self.model(**batch).loss.item() for batch in self.batches[-LAST:]) / LAST
+
+    def drop(self, name: str, lr: float) -> float:
+        """How far the loss on the last batches came down, in the mean over these steps."""
+        set_seed(SHARED["seed"])
+        self.model.load_state_dict(self.start)
+        optimizer = hf_optim.create(name, self.model, lr=lr, backend="loop")
+        schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 10, STEPS)
+        losses = []
+        for batch in self.batches:
+            loss = self.model(**batch).loss
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                return -math.inf
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # as Trainer does
+            optimizer.step(loss=loss)
+            schedule.step()
+            optimizer.zero_grad()
+        return self.untrained - sum(losses[-LAST:]) / LAST
+
+
+def sweep(bench: Bench, name: str, enough: float) -> dict[str, float]:
+    """{rate: drop} from the default of the class outwards."""
+    start = round(2 * math.log10(hf_optim.info(name).options["lr"].default))
+    found = {start: bench.drop(name, rate(start))}
+    for step in (-1, 1):
+        k, failures = start, 0
+        while failures < GIVE_UP or not any(d >= enough for d in found.values()) and abs(k - start) < 8:
+            k += step
+            found[k] = bench.drop(name, rate(k))
+            failures = failures + 1 if found[k] < enough else 0
+    return {f"{rate(k):g}": found[k] for k in sorted(found)}
+
+
+def ranges(record: dict) -> dict[str, list[float]]:
+    """{name: [lowest, highest rate that trains]}."""
+    enough = SHARE * max(max(drops.values()) for drops in record["drops"].values())
+    fine = {name: [float(lr) for lr, d in drops.items() if d >= enough] for name, drops in record["drops"].items()}
+    return {name: [min(rates), max(rates)] for name, rates in fine.items() if rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optim", nargs="*", help="names; all whose step size depends on `lr` if not given")
+    args = parser.parse_args()
+    names = args.optim or [n for n in hf_optim.list_optimizers() if "adalo" not in n]
+    transformers.utils.logging.set_verbosity_error()
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"drops": {}}
+    bench = Bench()
+    reference = max(bench.drop("adamw", rate(k)) for k in (-8, -7, -6))
+    for name in track(names, "names"):
+        record["drops"][name] = sweep(bench, name, SHARE * reference)
+        record |= environment() | {"steps": STEPS, "batch": BATCH, "clip": 1.0, "share": SHARE}
+        record["ranges"] = ranges(record)
+        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    for name, (low, high) in record["ranges"].items():
+        print(f"{name:22} {low:g} to {high:g}")
+
+
+if __name__ == "__main__":
+    main()
