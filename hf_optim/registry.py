@@ -6,25 +6,37 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import transforms  # noqa: F401  registers the flags
-from .core import Optimizer, Option
+from .core import Optimizer, Option, Place
+from .core.flags import Flag, chosen
 from .core.options import nearest
 from .core.pipeline import View
 from .core.precision import state_dtype
 from .optim.adafactor import Adafactor
 from .optim.adalo import AdaLo
+from .optim.adamomentum import AdaMomentum
 from .optim.adamw import AdamW
+from .optim.adanorm import AdaNorm
+from .optim.am_adamw import AMAdamW
+from .optim.am_sgd import AMSGD
 from .optim.amos import Amos
+from .optim.diffgrad import DiffGrad
+from .optim.fractional_adamw import FractionalAdamW
+from .optim.muon import Muon
+from .optim.nadamw import NAdamW
 from .optim.nsgda import NSGDA
+from .optim.sgd import SGD
 from .optim.sm3 import SM3
 from .optim.smmf import SMMF
+from .optim.spectral_adamw import SpectralAdamW
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +44,7 @@ logger = logging.getLogger(__name__)
 ADAM = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
 BETAS = {"beta1": "adam_beta1", "beta2": "adam_beta2"}
 BETA1 = {"beta1": "adam_beta1"}
+ADAM2 = {"beta2": "adam_beta2", "eps": "adam_epsilon"}
 ADAM1 = BETA1 | {"eps": "adam_epsilon"}
 ENTRY_POINTS = "hf_optim.optimizers"
 
@@ -45,7 +58,8 @@ class OptimInfo:
         cls (`type[Optimizer]`): the class.
         summary (`str`): what it is, in half a sentence.
         paper (`str`): arXiv number, `doi:...` or link of its source.
-        lr (`tuple[float, float]`, *optional*): learning rates that train; None where `lr` plays no part.
+        lr (`tuple[float, float, float]`, *optional*):
+            The lowest learning rate that trains, the best, and the highest; None where `lr` plays no part.
         lr_source (`str`, *optional*): where that range comes from.
         preset (`Mapping[str, Any]`, *optional*): options that make the name out of the class.
         from_args (`Mapping[str, str]`, *optional*): option <- `TrainingArguments` field, where the user changed it.
@@ -55,8 +69,8 @@ class OptimInfo:
     cls: type[Optimizer]
     summary: str
     paper: str
-    lr: tuple[float, float] | None = None
-    lr_source: str = "300-step runs of a small classifier; tune within it"
+    lr: tuple[float, float, float] | None = None
+    lr_source: str = "60 steps of fine-tuning MiniLM, scripts/sweep_lr.py; longer runs want less"
     preset: Mapping[str, Any] = field(default_factory=dict)
     from_args: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,6 +96,16 @@ class OptimInfo:
         return self.cls.flags()
 
     @property
+    def techniques(self) -> tuple[type[Flag], ...]:
+        """What the preset switches on."""
+        return tuple(f for f in chosen(self.defaults, self.flags) if f.flag in self.preset)
+
+    @property
+    def doc(self) -> str:
+        """The algorithm: the class's documentation, and that of what the preset switches on."""
+        return "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in (self.cls, *self.techniques))
+
+    @property
     def needs_loss(self) -> bool:
         return self.cls.needs_loss
 
@@ -93,9 +117,9 @@ class OptimInfo:
     @property
     def verdicts(self) -> dict[str, str]:
         """What to expect of each way to distribute a run."""
-        flat = "no: the matrix is flattened; use FSDP2 or DDP" if self.cls.needs_matrix else "yes"
-        reduced = "yes" if self.cls.elementwise else "yes, with a few small collectives per matrix"
-        return {"ddp": "yes", "fsdp2": reduced, "fsdp1": flat, "zero": flat}
+        from .verdicts import table
+
+        return table(self.cls, self.preset)
 
     def as_dict(self) -> dict[str, Any]:
         """All of the above as plain data: what `hf-optim show NAME --json` prints."""
@@ -145,6 +169,24 @@ REGISTRY: dict[str, OptimInfo] = {
         OptimInfo("smmf", SMMF, "Adam with rank-one moments and one bit per sign", "2412.08894", (1e-5, 1e-2), from_args=ADAM1),
         OptimInfo("nsgda", NSGDA, "momentum normalised to a fixed step length", "2210.04319", (1e-3, 0.3)),
         OptimInfo("adalo", AdaLo, "momentum with a step size read from the loss", "doi:10.1016/j.ins.2024.121607", from_args=BETAS),
+        OptimInfo("nadamw", NAdamW, "AdamW with Nesterov momentum and a momentum warm-up", "1711.05101", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("adam_atan2", AdamW, "AdamW with an arctangent in place of eps", "2407.05872", (1e-6, 1e-2), preset={"denominator": "atan2"}, from_args=BETAS),
+        OptimInfo("softplus_adamw", AdamW, "AdamW with a smooth floor under the denominator", "1908.00700", (1e-4, 1e-1), preset={"denominator": "softplus"}, from_args=BETAS),
+        OptimInfo("am_adamw", AMAdamW, "AdamW that finds its momentum coefficient, per tensor", "2510.04988", (1e-6, 1e-2), from_args=ADAM2),
+        OptimInfo("am_sgd", AMSGD, "SGD that finds its momentum coefficient", "2510.04988", (1e-3, 1.0)),
+        OptimInfo("cautious_adamw", AdamW, "AdamW that drops what disagrees with the gradient", "2411.16085", (1e-6, 1e-2), preset={"cautious": True}, from_args=ADAM),
+        OptimInfo("cautious_decay_adamw", AdamW, "AdamW that decays only where the step shrinks the weight", "2510.12402", (1e-6, 1e-2), preset={"decay": "cautious"}, from_args=ADAM),
+        OptimInfo("stable_decay_adamw", AdamW, "AdamW whose decay follows the size of the gradients", "2011.11152", (1e-6, 1e-2), preset={"decay": "stable"}, from_args=ADAM),
+        OptimInfo("stable_decay_sgd", SGD, "momentum SGD whose decay follows the momentum", "2011.11152", (1e-3, 1.0), preset={"decay": "stable"}),
+        OptimInfo("cpr_adamw", AdamW, "AdamW that bounds each matrix in place of decay", "2311.09058", (1e-6, 1e-2), preset={"decay": "cpr"}, from_args=ADAM),
+        OptimInfo("spectral_adamw", SpectralAdamW, "AdamW without warm-up: steps bounded by the weights' spectral norm", "2505.21910", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("lamb", AdamW, "AdamW whose step is a share of the norm of each matrix", "1904.00962", (1e-4, 1e-1), preset={"trust_ratio": True, "eps": 1e-6}, from_args=ADAM),
+        OptimInfo("diffgrad", DiffGrad, "AdamW that slows down where the gradient stands still", "1909.11015", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("adamomentum", AdaMomentum, "Adam that divides by the root mean square momentum", "2106.11514", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("adanorm", AdaNorm, "AdamW that scales weak gradients up to their usual norm", "2210.06364", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("lookahead_adamw", AdamW, "AdamW pulled back to a slow copy every few steps", "1907.08610", (1e-6, 1e-2), preset={"lookahead": True}, from_args=ADAM),
+        OptimInfo("fractional_adamw", FractionalAdamW, "AdamW on a fractional sum of past gradients", "doi:10.3390/math11020316", (1e-6, 1e-2), from_args=ADAM),
+        OptimInfo("muon", Muon, "orthogonalised momentum for hidden matrices, AdamW for the rest", "2502.16982", (1e-5, 1e-2), from_args=ADAM),
     )
 }  # fmt: skip
 
@@ -210,24 +252,31 @@ def create(name: str, params: Any, **options: Any) -> Optimizer:
         options: see [`info`]`(name).options`.
     """
     found = info(name)
-    options = {**found.preset, **options}
+    options = found.cls.with_preset(found.preset, options)
     if isinstance(params, torch.nn.Module):
         params, options = param_groups(found.cls, params, options)
     return found.cls(params, **options)
 
 
 def param_groups(
-    cls: type[Optimizer], model: torch.nn.Module, options: Mapping[str, Any], decay: set[str] | None = None
+    cls: type[Optimizer],
+    model: torch.nn.Module,
+    options: Mapping[str, Any],
+    decay: set[str] | None = None,
+    is_target: Callable[[str, torch.nn.Module], bool] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Groups of the trainable parameters of a model, by the options that their module's kind gives them.
+    """Groups of the trainable parameters of a model, by the options that their place in it gives them.
 
     Args:
         decay (`set[str]`, *optional*): names of the parameters that `weight_decay` applies to; all if not given.
+        is_target (`Callable`, *optional*): says of (name, module) whether `optim_target_modules` matches it.
 
     Returns:
         The groups (each shared parameter once), and the options that remain for the constructor.
     """
     h = View({k: o.default for k, o in cls.options().items()} | dict(options))
+    rules: tuple[Any, ...] = (cls, *chosen(vars(h), cls.flags()))
+    outputs = {id(p) for p in output_layer(model).parameters(recurse=False)}
     groups: dict[Any, dict[str, Any]] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -236,9 +285,20 @@ def param_groups(
                 continue
             seen.add(id(p))
             full = f"{module_name}.{name}" if module_name else name
-            own = dict(cls.options_for(module, full, p, h))
+            target = None if is_target is None else is_target(module_name, module)
+            at = Place(module, full, p, id(p) in outputs, target)
+            own = {k: v for rule in rules for k, v in rule.options_for(at, h).items()}
             if decay is not None and full not in decay:
                 own["weight_decay"] = 0.0
             key = tuple(sorted(own.items()))
             groups.setdefault(key, {"params": [], **own})["params"].append(p)
     return list(groups.values()), {k: v for k, v in options.items() if k not in cls.by_name}
+
+
+def output_layer(model: torch.nn.Module) -> torch.nn.Module:
+    """What a transformers model names as its output embeddings; else the last module that holds a trainable matrix."""
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    if named is not None:
+        return named
+    holders = [m for m in model.modules() if any(p.ndim > 1 and p.requires_grad for p in m.parameters(recurse=False))]
+    return holders[-1] if holders else model

@@ -19,13 +19,15 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Register the names, deliver the loss from every accelerator, log the step size of every Trainer; idempotent."""
+    """Register the names, deliver the loss from every accelerator, log the step size of every Trainer and let it
+    resume from complete checkpoints only; idempotent."""
     from accelerate import Accelerator
     from transformers import Trainer
 
     import hf_optim
 
-    from .trainer.loss import add_effective_lr, delivering, divide_once
+    from .trainer.loss import LossAwareMixin, add_effective_lr, delivering, divide_once
+    from .trainer.resume import complete_checkpoint, withdraw_checkpoint
 
     names = os.environ.get("HF_OPTIM_REPLACE", "")
     hf_optim.register(replace=tuple(name for name in names.replace(" ", "").split(",") if name))
@@ -33,6 +35,7 @@ def prepare() -> None:
         return
     Accelerator.backward = delivering(Accelerator.backward)
     create, report = Trainer.create_accelerator_and_postprocess, Trainer.log
+    start, save = Trainer.train, Trainer._save_checkpoint
 
     @functools.wraps(create)
     def create_accelerator_and_postprocess(self: Any) -> None:
@@ -44,6 +47,18 @@ def prepare() -> None:
         add_effective_lr(self.optimizer, logs)
         report(self, logs, *args, **kwargs)
 
+    @functools.wraps(start)
+    def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, LossAwareMixin):  # which has looked already
+            resume_from_checkpoint = complete_checkpoint(self, resume_from_checkpoint)
+        return start(self, resume_from_checkpoint, *args, **kwargs)
+
+    @functools.wraps(save)
+    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        withdraw_checkpoint(self)
+        save(self, *args, **kwargs)
+
+    Trainer.train, Trainer._save_checkpoint = train, _save_checkpoint  # type: ignore[method-assign]
     Trainer.create_accelerator_and_postprocess = create_accelerator_and_postprocess  # type: ignore[method-assign]
     Trainer.log = log  # type: ignore[method-assign]
 

@@ -7,10 +7,12 @@ The optimizers come from the registry, the comparison from `scripts/results/resu
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import hf_optim
+from hf_optim.core import FLAGS, STAGES
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +25,23 @@ def optimizers() -> str:
     rows = [head, "|---|---|---|---|---|"]
     for name in hf_optim.list_optimizers():
         info = hf_optim.info(name)
-        rate = f"{info.lr[0]:g} to {info.lr[1]:g}" if info.lr else "plays no part"
+        rate = f"{info.lr[1]:g} ({info.lr[0]:g} to {info.lr[2]:g})" if info.lr else "plays no part"
         summary = info.summary + ("; needs the loss" if info.needs_loss else "")
         label = info.paper if info.paper.startswith("doi:") else f"arXiv {info.paper}"
         rows.append(f"| `{name}` | {summary} | {info.bytes_per_parameter:.3g} | {rate} | [{label}]({info.link}) |")
+    return "\n".join(rows)
+
+
+def flags() -> str:
+    """One row per technique, stage by stage."""
+    rows = ["| flag | stage | what it does | paper |", "|---|---|---|---|"]
+    members = [m for of_flag in FLAGS.values() for m in of_flag.values()]
+    for member in sorted(members, key=lambda m: STAGES.index(m.stage)):
+        value = "true" if member.value is True else member.value
+        papers = re.findall(r"https://huggingface.co/papers/([\d.]*\d)", member.__doc__)
+        links = ", ".join(f"[{paper}](https://huggingface.co/papers/{paper})" for paper in papers)
+        summary = member.__doc__.splitlines()[0].rstrip(".:")
+        rows.append(f"| `{member.flag}={value}` | {member.stage} | {summary} | {links} |")
     return "\n".join(rows)
 
 
@@ -48,7 +63,7 @@ def comparison() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"optimizers": optimizers, "comparison": comparison}
+TABLES = {"optimizers": optimizers, "flags": flags, "comparison": comparison}
 
 
 def with_tables(text: str) -> str:

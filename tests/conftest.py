@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What every test file shares: `name` runs over the registry, parameters and gradients come from a seed."""
+"""What every test file shares: `name` runs over the registry, `class_name` over one name of each class; parameters and
+gradients come from a seed."""
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ torch.set_num_threads(1)
 def pytest_generate_tests(metafunc):
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", hf_optim.list_optimizers())
+    if "class_name" in metafunc.fixturenames:
+        first = {hf_optim.info(n).cls: n for n in reversed(hf_optim.list_optimizers())}
+        metafunc.parametrize("class_name", first.values())
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from conftest import make_params
 
 import hf_optim
 from hf_optim.core import FLAGS
+from hf_optim.core.pipeline import View
 
 
 # every rank, an axis of size 1, a single element, nothing at all; below CHUNK in number, so one compiled size
@@ -17,15 +18,23 @@ SHAPES = ((4, 6), (5,), (), (3, 2, 2), (0, 3), (1,), (7, 1))
 BF16 = torch.bfloat16
 
 
+def apart(name):
+    """Options without sums over the whole model: with them, tensors depend on each other by definition."""
+    preset = hf_optim.info(name).preset.get("decay") == "stable" and "momentum" not in hf_optim.info(name).options
+    return {"am_sgd": {"scope": "tensor"}}.get(name, {"decay": "decoupled"} if preset else {})
+
+
 def moments(name):
     """Options that give every optimizer its average gradient or update, also where it has none by default."""
     options = hf_optim.info(name).options
-    return {k: 0.9 for k in ("momentum", "beta1") if k in options and not options[k].default}
+    return {**apart(name), **{k: 0.9 for k in ("momentum", "beta1") if k in options and not options[k].default}}
 
 
 def rich(name):
     """Options under which an optimizer keeps all the state it can."""
-    return {**moments(name), "lookahead": True, "lookahead_k": 2}
+    info = hf_optim.info(name)
+    maximum = "amsgrad" in info.options and "amsgrad" not in info.cls.refuses(View(info.defaults))
+    return {**moments(name), "lookahead": True, "lookahead_k": 2, **({"amsgrad": True} if maximum else {})}
 
 
 def settings_of_flags():
@@ -34,7 +43,11 @@ def settings_of_flags():
 
 
 def build(name, shapes=SHAPES, dtype=torch.float32, seed=0, **options):
-    """(optimizer, its parameters)."""
+    """(optimizer, its parameters). No weight decay where a bound takes its place; each tensor on its own, also where the
+    default looks at the whole model."""
+    if hf_optim.info(name).preset.get("decay") == "cpr" and "decay" not in options:
+        options.pop("weight_decay", None)
+    options = {**apart(name), **options}
     params = make_params(shapes, dtype, seed)
     return hf_optim.create(name, params, **options), params
 

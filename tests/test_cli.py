@@ -40,8 +40,10 @@ def test_show_tells_everything(name):
     info, output = hf_optim.info(name), printed("show", name)
     assert info.link in output and f"{info.bytes_per_parameter:.3g} bytes per parameter" in output
     assert all(option in output for option in info.options) and all(flag in output for flag in info.flags)
+    papers = [word for t in info.techniques for word in t.__doc__.split() if word.startswith("https://")]
+    assert all(paper in output for paper in papers) and bool(papers) == bool(set(info.preset) & set(info.flags))
     facts = json.loads(printed("show", name, "--json"))
-    assert {o["name"]: o["default"] for o in facts["options"]} == {k: o.default for k, o in info.options.items()}
+    assert {o["name"]: o["default"] for o in facts["options"]} == info.defaults
     assert facts["needs_loss"] is info.needs_loss and set(facts["distributed"]) == {"ddp", "fsdp2", "fsdp1", "zero"}
 
 
@@ -56,7 +58,7 @@ def test_env_names_versions():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("show", "adallo"), "did you mean 'adalo'?"),
+        (("show", "adallo"), "did you mean 'adalo'"),
         (("list", "zz*"), "no optimizer matches 'zz*'"),
         (("show",), "Missing argument"),
         (("frobnicate",), "No such command"),

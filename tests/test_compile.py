@@ -174,7 +174,7 @@ def test_auto_compiles_large_models_only(name, graphs, monkeypatch, caplog):
     optimizer, params = build(name, [(64, 64)])
     assert optimizer.param_groups[0]["backend"] == "auto"
     advance(optimizer, params, 2)
-    assert not graphs and not caplog.records
+    assert not graphs and "compil" not in caplog.text
     monkeypatch.setattr(execute, "AUTO_NUMEL", 64 * 64)
     large, theirs = build(name, [(64, 64)])
     advance(large, theirs, 2)

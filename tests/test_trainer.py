@@ -143,18 +143,64 @@ def test_one_warning_where_the_default_learning_rate_cannot_train(caplog):
     assert not caplog.text  # chosen by the user
 
 
+# ---- kinds of weights ----
+
+
+def rules(run):
+    """{parameter name: rule} of a Muon run."""
+    run.create_optimizer()
+    of = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
+    return {name: of[id(p)] for name, p in run.model.named_parameters()}
+
+
+def test_muon_orthogonalises_hidden_matrices_only():
+    groups = rules(tiny.trainer(optim="muon", learning_rate=1e-3, optim_args="adamw_lr=3e-4", weight_decay=0.1))
+    for name, group in groups.items():
+        hidden = ".h." in name and name.endswith(".weight") and ".ln_" not in name
+        assert group["rule"] == ("muon" if hidden else "adamw"), name
+        assert group["lr"] == (1e-3 if hidden else 3e-4), name
+    assert any(g["weight_decay"] == 0.1 for g in groups.values())
+    assert any(g["weight_decay"] == 0.0 for g in groups.values())
+
+
+@pytest.mark.parametrize(
+    ("targets", "hit"),
+    [(["mlp.c_fc"], "mlp.c_fc"), (r".*attn\.c_proj", "attn.c_proj"), ("all-linear", ".c_")],
+)
+def test_optim_target_modules_choose_what_muon_gets(targets, hit):
+    groups = rules(tiny.trainer(optim="muon", optim_target_modules=targets))
+    got = {name for name, group in groups.items() if group["rule"] == "muon"}
+    assert got == {n for n in groups if hit in n and n.endswith(".weight")} and got
+
+
+def test_optim_target_modules_that_nothing_looks_at(caplog):
+    tiny.trainer(optim="adamw", optim_target_modules="all-linear").create_optimizer()
+    assert "`optim_target_modules` has no effect with adamw" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "spared"), [("agc", "wte"), ("centralize", "wte"), ("decay=cpr", "wte"), ("centralize", "wpe")]
+)
+def test_flags_spare_the_weights_they_are_not_made_for(flag, spared):
+    name, _, value = flag.partition("=")
+    run = tiny.trainer(optim="adamw", optim_args=f"{name}={value or 'true'}")
+    on = {n for n, group in rules(run).items() if group[name] == (value or True)}
+    assert on and not any(spared in n for n in on)  # wte is the output layer, too
+
+
 # ---- runs ----
 
 
 def test_run_keeps_groups_schedule_and_logs(name):
-    run = tiny.trainer(optim=name, weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2)
+    rate = 0.0 if hf_optim.info(name).preset.get("decay") == "cpr" else 0.1
+    run = tiny.trainer(optim=name, weight_decay=rate, lr_scheduler_type="linear", warmup_steps=2)
     before = tiny.weights(run)
     run.train()
     groups = run.optimizer.param_groups
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     names = {n: id(p) in decayed for n, p in run.model.named_parameters()}
     wanted = run.get_decay_parameter_names(run.model)
-    assert {n for n, d in names.items() if d} == set(wanted) & set(names)
+    assert {n for n, d in names.items() if d} == (set(wanted) & set(names) if rate else set())
     assert sum(len(g["params"]) for g in groups) == len(names)
     logs = [entry for entry in run.state.log_history if "learning_rate" in entry]
     assert [round(entry["learning_rate"], 6) for entry in logs] == [0.0, 0.005, 0.01, 0.005]

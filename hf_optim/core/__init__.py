@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine. Optimizer and flag files import from here and from nowhere else."""
 
-from .base import Optimizer
+from .base import Optimizer, Place
 from .flags import FLAGS, STAGES, Flag
 from .maths import (
     agrees,
@@ -14,10 +14,13 @@ from .maths import (
     rms,
     square_shape,
     two_largest,
+    unit_norm,
+    unit_rms,
     unpack_signs,
 )
 from .options import Option, by_pattern, hp, parse_options
-from .sharding import Slot, keep, like, without
+from .precision import back, lower
+from .sharding import Slot, beside, keep, like, unsharded, without
 
 
 __all__ = [
@@ -26,21 +29,28 @@ __all__ = [
     "Flag",
     "Optimizer",
     "Option",
+    "Place",
     "Slot",
     "agrees",
     "along",
     "amax",
+    "back",
+    "beside",
     "by_pattern",
     "factored_rsqrt",
     "hp",
     "keep",
     "like",
+    "lower",
     "mean_square",
     "pack_signs",
     "parse_options",
     "rms",
     "square_shape",
     "two_largest",
+    "unit_norm",
+    "unit_rms",
     "unpack_signs",
+    "unsharded",
     "without",
 ]

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import checkpoint, execute, plan, precision, sharding
-from .flags import FLAGS, chosen, switch
+from .flags import FLAGS, Flag, chosen, switch, techniques
 from .options import Option, collect, hp, unknown
 from .pipeline import KAHAN, Spec, View, measure_tensor
 from .release import Release
@@ -25,6 +26,17 @@ logger = logging.getLogger(__name__)
 DYNAMIC = ("lr", "weight_decay")  # change from step to step without recompiling
 ENGINE = ("backend", "precision", "state_dtype", "seed")
 TAGS = ("params", "param_names", "initial_lr", "name")  # group keys of torch, its schedulers and Lightning
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter sits in a model: what rules and flags that tell kinds of weights apart may look at."""
+
+    module: torch.nn.Module
+    name: str  # of the parameter, with the path of its module
+    p: Tensor
+    is_output: bool  # a weight of the output layer (of a tied embedding too)
+    is_target: bool | None = None  # matched by `optim_target_modules`; None where that is not given
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -64,6 +76,7 @@ class Optimizer(torch.optim.Optimizer):
     uses_ratio: ClassVar[bool] = False  # update() ends in h.ratio(num, den), so `denominator` applies
     returns_lr: ClassVar[bool] = False  # update() returns (direction, step size)
     applies_decay: ClassVar[bool] = False  # update() applies h.weight_decay itself, so `decay` does not apply
+    uses_targets: ClassVar[bool] = False  # options_for() looks at `optim_target_modules`
     by_name: ClassVar[tuple[str, ...]] = ()  # options that options_for() turns into others, given parameter names
     shared: ClassVar[dict[str, float]] = {}  # optimizer-wide scalars and their first value, kept in every group
 
@@ -108,17 +121,31 @@ class Optimizer(torch.optim.Optimizer):
         return ""
 
     @staticmethod
-    def options_for(module: torch.nn.Module, name: str, p: Tensor, h: Any) -> dict[str, Any]:
-        """Options that a parameter gets from the kind of its module; [`param_groups`] makes groups of them."""
+    def options_for(at: Place, h: Any) -> dict[str, Any]:
+        """Options that a parameter gets from its place in the model; [`param_groups`] makes groups of them."""
         return {}
+
+    @staticmethod
+    def hint(groups: list[dict[str, Any]]) -> str | None:
+        """What to warn about once, before the first step."""
+        return None
+
+    @staticmethod
+    def second_moment(s: Any, h: Any) -> Tensor | None:
+        """The corrected average of g^2 that `update` left in the state (any tensor of the same mean will do)."""
+        return None
+
+    @staticmethod
+    def gain(h: Any) -> float | None:
+        """What a constant gradient is multiplied by in the long run, for rules without a second moment."""
+        return None
 
     # ---- options -------------------------------------------------------------------------------------------------
     @classmethod
     @functools.cache
     def flags(cls) -> tuple[str, ...]:
         """Names of the flags that can act on this optimizer, in stage order."""
-        hidden = {"denominator": not cls.uses_ratio, "decay": cls.applies_decay}
-        return tuple(name for name in FLAGS if not hidden.get(name))
+        return tuple(name for name in FLAGS if techniques(name, cls))
 
     @classmethod
     @functools.cache
@@ -127,10 +154,25 @@ class Optimizer(torch.optim.Optimizer):
         own = collect(cls)
         table = {name: own[name] for name in own if name not in ENGINE}
         for name in cls.flags():
-            table[name] = switch(name)
-            for member in FLAGS[name].values():
+            members = techniques(name, cls)
+            table[name] = switch(name, members)
+            for member in members.values():
                 table |= member.options
         return table | {name: own[name] for name in ENGINE}
+
+    @classmethod
+    @functools.cache
+    def own_options(cls) -> tuple[str, ...]:
+        """The paper's own options: neither a flag's nor the engine's, nor what changes from step to step."""
+        return tuple(name for name in collect(cls) if name not in (*DYNAMIC, *ENGINE))
+
+    @classmethod
+    def asks_for_place(cls, values: dict[str, Any]) -> bool:
+        """Whether these options depend on where in the model a parameter is."""
+        flags = chosen({**{k: o.default for k, o in cls.options().items()}, **values}, cls.flags())
+        return cls.options_for is not Optimizer.options_for or any(
+            flag.options_for is not Flag.options_for for flag in flags
+        )
 
     @classmethod
     @functools.cache
@@ -138,40 +180,65 @@ class Optimizer(torch.optim.Optimizer):
         return frozenset(cls.options()) - frozenset(DYNAMIC)
 
     @classmethod
-    def resolve(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """`options` checked and completed with the defaults of the class."""
+    def resolve(cls, options: dict[str, Any], inherited: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`options` checked and completed with what a group inherits and the defaults of the class."""
         table = cls.options()
         for key, value in options.items():
-            if key not in table:
+            if key not in table or cls.excluded(key, value):
                 raise cls.unknown_option(key, value)
         given = {key: table[key].check(cls.__name__, value) for key, value in options.items()}
-        values = {key: option.default for key, option in table.items()} | given
+        values = {key: option.default for key, option in table.items()} | (inherited or {}) | given
         cls._refuse_useless(given, values)
         return values
 
     @classmethod
     def unknown_option(cls, key: str, value: Any) -> Exception:
         """The error for an option that this class does not have."""
-        if key in FLAGS and key not in cls.flags():
-            why = "it has no ratio" if key == "denominator" else "it applies weight decay inside its own rule"
+        why = cls.excluded(key, value)
+        if why:
             return ValueError(f"{cls.__name__}: `{key}={value}` cannot act on {cls.__name__}: {why}")
         return unknown(cls.__name__, key, cls.options())
 
     @classmethod
+    def excluded(cls, key: str, value: Any) -> str:
+        """Why this setting of a flag cannot act on this class; empty if it can."""
+        members = FLAGS.get(key, {})
+        named = [m for v, m in members.items() if isinstance(value, (str, bool)) and v == value]
+        hits = named or ([] if key in cls.flags() else list(members.values()))
+        return hits[0].excludes(cls) if hits else ""
+
+    @classmethod
     def _refuse_useless(cls, given: dict[str, Any], values: dict[str, Any]) -> None:
-        h = View(values)
-        for name, reason in cls.refuses(h).items():
-            if values[name] != cls.options()[name].default:
-                raise ValueError(f"{cls.__name__}: `{name}={values[name]}` cannot act on {cls.__name__}: {reason}")
-        for name in cls.flags():
-            live = FLAGS[name].get(values[name])
-            for member in FLAGS[name].values():
-                for key in member.options if member is not live else ():
-                    if key in given and (live is None or key not in live.options):
-                        raise ValueError(
-                            f"{cls.__name__}: `{key}` has no effect with `{name}={values[name]}`; set "
-                            f"`{name}={member.value}` or drop `{key}`"
-                        )
+        owner, flags, setters = cls.__name__, chosen(values, cls.flags()), dict[str, str]()
+        for flag in flags:
+            other = setters.setdefault(flag.sets, flag.flag) if flag.sets else flag.flag
+            if other != flag.flag:
+                raise ValueError(f"{owner}: `{flag.flag}` cannot act with `{other}`: each sets {flag.sets}")
+        sources: tuple[Any, ...] = (cls, *flags)
+        for name, reason in [pair for source in sources for pair in source.refuses(View(values)).items()]:
+            if name in values and values[name] != cls.options()[name].default:
+                raise ValueError(f"{owner}: `{name}={values[name]}` cannot act on {owner}: {reason}")
+        for key in given:
+            host = cls.idle_host(key, values)
+            if host is not None:
+                raise ValueError(
+                    f"{owner}: `{key}` has no effect with `{host.flag}={values[host.flag]}`; set "
+                    f"`{host.flag}={host.value}` or drop `{key}`"
+                )
+
+    @classmethod
+    def idle_host(cls, key: str, values: dict[str, Any]) -> type[Flag] | None:
+        """The technique that `key` is a setting of, if `values` does not switch it on."""
+        hosts = [f for name in cls.flags() for f in FLAGS[name].values() if key in f.options]
+        live = chosen(values, cls.flags())
+        return None if not hosts or any(host in live for host in hosts) else hosts[0]
+
+    @classmethod
+    def with_preset(cls, preset: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` on top of a preset, without those of its settings that belong to what `options` replaces."""
+        values = {key: option.default for key, option in cls.options().items()} | {**preset, **options}
+        kept = {key: value for key, value in preset.items() if cls.idle_host(key, values) is None}
+        return {**kept, **options}
 
     # ---- construction --------------------------------------------------------------------------------------------
     _plan: plan.Plan | None = None
@@ -196,7 +263,7 @@ class Optimizer(torch.optim.Optimizer):
         internal = {"optimizer", "step", *self.shared}
         own = {k: v for k, v in param_group.items() if k not in (*TAGS, *internal)}
         changed = {k: self.defaults[k] for k, o in self.options().items() if self.defaults[k] != o.default}
-        group = {**param_group, **self.resolve({**changed, **own})}
+        group = {**param_group, **self.resolve(own, changed)}
         if self.param_groups:  # a group that joins later has missed the steps so far
             first = self.param_groups[0]
             group |= {k: first[k] for k in ("step", *self.shared)}
@@ -292,8 +359,19 @@ class Optimizer(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return not any(bool(sharding.whole(g.detach().abs().sum())) for g in grads)
 
+    def _warn_idle(self) -> None:
+        """Before the first step, when all groups are known: settings that can do nothing."""
+        texts = {self.hint(self.param_groups)}
+        for flag in {flag for group in self.param_groups for flag in chosen(group, self.flags())}:
+            if flag.multiplies and not any(group[flag.multiplies] for group in self.param_groups):
+                texts.add(f"`{flag.flag}={flag.value}` has no effect while `{flag.multiplies}` is 0: set it")
+        for text in sorted(filter(None, texts)):
+            logger.warning("%s: %s", type(self).__name__, text)
+
     def _materialize(self) -> None:
         """State for every parameter that trains, with or without a gradient: all ranks must save the same keys."""
+        if not self.state:
+            self._warn_idle()
         for group in self.param_groups:
             for p in group["params"]:
                 if (p.requires_grad or p.grad is not None) and p not in self.state:
@@ -337,12 +415,20 @@ class Optimizer(torch.optim.Optimizer):
     def spec(self, group: dict[str, Any], p: Tensor, scalars: dict[str, Tensor]) -> Spec:
         """What is constant about the step of a parameter."""
         h = self._group_view(group)
-        static = tuple((k, group[k]) for k in self.options() if k not in (*DYNAMIC, "backend", "seed"))
+        flags = chosen(group, self.flags())
+        known = (*self.own_options(), *self.flags(), *(name for flag in flags for name in flag.options))
+        static = tuple((name, group[name]) for name in known)
         names = tuple(n for n in self.slots(p, h) if n != KAHAN)
         narrow = tuple(n for n in names if self.state[p][n].dtype == torch.bfloat16)
-        flags = chosen(group, self.flags())
-        dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *self.sums(h))
-        return Spec(type(self), static, dynamic, flags, names, self._rounding(p, h), narrow)
+        dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *self.all_sums(group))
+        stages = tuple((flag, flag.acts_at(h)) for flag in flags)
+        return Spec(type(self), static, dynamic, stages, names, self._rounding(p, h), narrow)
+
+    def all_sums(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the whole-model sums that the rule and the flags of a group ask for."""
+        h = self._group_view(group)
+        of_flags = (name for flag in chosen(group, self.flags()) for name in flag.sums(type(self), h))
+        return (*self.sums(h), *of_flags)
 
     def _host_scalars(self, group: dict[str, Any], flags: tuple[Any, ...], t: int) -> dict[str, float]:
         h = self._group_view(group)
@@ -399,22 +485,23 @@ class Optimizer(torch.optim.Optimizer):
     def _values(self, call: plan.Call, scalars: list[dict[str, Tensor]]) -> dict[str, Any]:
         group = call.group
         fixed: dict[str, Any] = {name: float(group[name]) for name in DYNAMIC}
-        return fixed | self._host_scalars(group, call.spec.flags, call.t + 1) | scalars[call.position]
+        flags = tuple(flag for flag, _ in call.spec.flags)
+        return fixed | self._host_scalars(group, flags, call.t + 1) | scalars[call.position]
 
     def _measure(self, calls: list[plan.Call], values: list[dict[str, Any]]) -> None:
         """Whole-model sums: one pass over the tensors that add to them, one reduction per device mesh."""
-        names = [self.sums(self._group_view(call.group)) for call in calls]
+        names = [self.all_sums(call.group) for call in calls]
         totals: dict[str, dict[Any, Any]] = {}
-        for call, value, wanted in zip(calls, values, names):
-            for item in call.items if wanted else ():
-                whole_bufs = {name: item.state[name] for name in call.spec.buffers}
-                assert item.p.grad is not None
-                h = call.spec.hyper(value)
-                part = measure_tensor(call.spec, item.p.detach(), item.p.grad.detach(), whole_bufs, h)
-                for name, x in part.items():  # results with equal placements add up before they are reduced
-                    place = tuple(getattr(x, key, None) for key in ("device_mesh", "placements", "device"))
-                    sums = totals.setdefault(name, {})
-                    sums[place] = sums[place] + x if place in sums else x
+        parts = [(item, call, h) for call, h, wanted in zip(calls, values, names) if wanted for item in call.items]
+        for item, call, value in sorted(parts, key=lambda part: part[0].index):  # it may communicate: ranks in step
+            whole_bufs = {name: x for name, x in item.state.items() if name != "step"}
+            assert item.p.grad is not None
+            h = call.spec.hyper(value)
+            part = measure_tensor(call.spec, item.p.detach(), item.p.grad.detach(), whole_bufs, h)
+            for name, x in part.items():  # results with equal placements add up before they are reduced
+                place = tuple(getattr(x, key, None) for key in ("device_mesh", "placements", "device"))
+                sums = totals.setdefault(name, {})
+                sums[place] = sums[place] + x if place in sums else x
         full = {name: sum(sharding.whole(x) for x in sums.values()) for name, sums in totals.items()}
         for value, wanted in zip(values, names):
             value |= {name: full[name] for name in wanted}

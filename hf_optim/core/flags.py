@@ -4,34 +4,42 @@
 
 The order of the stages is fixed, so a combination has one meaning everywhere:
 
-    gradient -> update() with its ratio -> update -> decay -> parameter
+    gradient -> update() with its ratio -> update -> decay -> step -> parameter
+
+Within a stage the order is that of `hf_optim/transforms/__init__.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .options import Option, collect, hp
 
 
-STAGES = ("gradient", "ratio", "update", "decay", "parameter")
+if TYPE_CHECKING:
+    from .base import Optimizer, Place
+
+STAGES = ("gradient", "ratio", "update", "decay", "step", "parameter")
 FLAGS: dict[str, dict[Any, type[Flag]]] = {}  # option name -> value of the option -> technique
 
 
 class Flag:
     """One technique. Its annotated fields are options named `<flag>_<field>` (or as given); `apply` is pure.
 
-    `apply(x, c)` receives the value of its stage (gradient, direction, old parameter, new parameter) and a context `c`
-    with the fields `g` (gradient), `p` (parameter before the step), `u` (the rule's own direction), `lr` (the step
-    size really used), `s` (state) and `h` (options and scalars). A decay flag returns what it adds to the direction.
-    A ratio flag is `apply(num, den, h)`.
+    `apply(x, c)` receives the value of its stage (gradient; direction; old parameter; direction with its decay; new
+    parameter) and a context `c` with the fields `g` (gradient), `p` (parameter before the step), `u` (the rule's own
+    direction), `lr` (the step size really used), `s` (state), `h` (options and scalars) and `rule` (the optimizer's
+    class). A decay flag returns what it adds to the direction. A ratio flag is `apply(num, den, h)`. State, scalars
+    and sums start with the flag's name.
     """
 
     flag: ClassVar[str]  # the option that switches it on
     value: ClassVar[Any] = True  # the value of that option that means this technique
     stage: ClassVar[str]
     elementwise: ClassVar[bool] = True
+    multiplies: ClassVar[str] = ""  # an option without which it does nothing
+    sets: ClassVar[str] = ""  # what only one technique at a time can set
     options: ClassVar[dict[str, Option]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -40,9 +48,28 @@ class Flag:
         cls.options = collect(cls)
         FLAGS.setdefault(cls.flag, {})[cls.value] = cls
 
+    @classmethod
+    def acts_at(cls, h: Any) -> str:
+        """The stage, where an option chooses it."""
+        return cls.stage
+
+    @classmethod
+    def excludes(cls, rule: type[Optimizer]) -> str:
+        """Why the technique cannot act on an optimizer; empty if it can."""
+        if cls.flag == "denominator" and not rule.uses_ratio:
+            return "it has no ratio"
+        if cls.flag == "decay" and rule.applies_decay:
+            return "it applies weight decay inside its own rule"
+        return ""
+
+    @staticmethod
+    def refuses(h: Any) -> dict[str, str]:
+        """Options that cannot act together with the technique, as [`Optimizer.refuses`]."""
+        return {}
+
     @staticmethod
     def init(p: Any, h: Any) -> dict[str, Any]:
-        """State of the technique, as [`Optimizer.init`]; names must start with the flag's."""
+        """State of the technique, as [`Optimizer.init`]."""
         return {}
 
     @staticmethod
@@ -50,13 +77,32 @@ class Flag:
         """Host scalars of step `t`, as [`Optimizer.scalars`]."""
         return {}
 
+    @staticmethod
+    def sums(rule: type[Optimizer], h: Any) -> tuple[str, ...]:
+        """Names of whole-model sums, as [`Optimizer.sums`]."""
+        return ()
+
+    @staticmethod
+    def measure(c: Any) -> dict[str, Any]:
+        """This tensor's part of every sum, as [`Optimizer.measure`]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def options_for(at: Place, h: Any) -> dict[str, Any]:
+        """Options that a parameter gets from its place in the model, as [`Optimizer.options_for`]."""
+        return {}
+
 
 DEFAULTS = {"denominator": "eps", "decay": "decoupled"}  # one of several; every other flag is off by default
 
 
-def switch(name: str) -> Option:
-    """The option that selects a flag, made from the techniques registered under it."""
-    members = FLAGS[name]
+def techniques(name: str, rule: type[Optimizer]) -> dict[Any, type[Flag]]:
+    """What a flag can be set to on an optimizer, without its being off."""
+    return {value: flag for value, flag in FLAGS[name].items() if not flag.excludes(rule)}
+
+
+def switch(name: str, members: Mapping[Any, type[Flag]]) -> Option:
+    """The option that selects one of these techniques."""
     doc = "; ".join((m.__doc__ or "").split("\n")[0].rstrip(".") for m in members.values())
     if name in DEFAULTS:
         choice = hp(DEFAULTS[name], doc, choices=tuple(members))
@@ -65,6 +111,5 @@ def switch(name: str) -> Option:
 
 
 def chosen(values: Mapping[str, Any], names: tuple[str, ...]) -> tuple[type[Flag], ...]:
-    """The techniques that `values` switches on, in stage order."""
-    picked = [FLAGS[name][values[name]] for name in FLAGS if name in names and values[name] in FLAGS[name]]
-    return tuple(sorted(picked, key=lambda f: STAGES.index(f.stage)))
+    """The techniques that `values` switches on, in the order of their registration."""
+    return tuple(FLAGS[name][values[name]] for name in FLAGS if name in names and values[name] in FLAGS[name])

@@ -24,6 +24,8 @@ __all__ = [
     "rms",
     "square_shape",
     "two_largest",
+    "unit_norm",
+    "unit_rms",
     "unpack_signs",
 ]
 
@@ -35,6 +37,20 @@ def mean_square(x: Tensor) -> Tensor:
 def rms(x: Tensor) -> Tensor:
     """Root mean square of all entries, a 0-d tensor."""
     return mean_square(x).sqrt()
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """Norm of each slice along the first axis, shaped to be combined with `x`; of a vector or scalar as a whole."""
+    return x.square().sum(_unit_axes(x), keepdim=True).sqrt()
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Root mean square of each slice along the first axis; see [`unit_norm`]."""
+    return x.square().mean(_unit_axes(x), keepdim=True).sqrt()
+
+
+def _unit_axes(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(1 if x.ndim > 1 else 0, x.ndim))
 
 
 def agrees(a: Tensor, b: Tensor) -> Tensor:

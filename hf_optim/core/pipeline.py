@@ -1,6 +1,6 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The one step: read, gradient stage, update, update stage, decay stage, parameter stage, write.
+"""The one step: read, gradient stage, update, update stage, decay stage, step stage, parameter stage, write.
 
 `step_tensor` is what the loop calls, what `torch.compile` fuses and what runs inside backward under gradient release.
 """
@@ -45,7 +45,7 @@ class Spec:
     rule: type[Optimizer]
     static: tuple[tuple[str, Any], ...]  # options that are constants of the compiled code
     dynamic: tuple[str, ...]  # scalars that change: lr, weight_decay and what scalars() and prepare() return
-    flags: tuple[type[Flag], ...]
+    flags: tuple[tuple[type[Flag], str], ...]  # each with its stage
     buffers: tuple[str, ...]
     rounding: str  # nearest | stochastic | kahan, for this tensor's dtype
     narrow: tuple[str, ...]  # bf16 state, always rounded stochastically (nearest would stall an average)
@@ -56,10 +56,10 @@ class Spec:
 
     @property
     def elementwise(self) -> bool:
-        return self.rule.elementwise and all(f.elementwise for f in self.flags)
+        return self.rule.elementwise and all(flag.elementwise for flag, _ in self.flags)
 
     def stage(self, name: str) -> list[type[Flag]]:
-        return [f for f in self.flags if f.stage == name]
+        return [flag for flag, stage in self.flags if stage == name]
 
     def hyper(self, values: dict[str, Any]) -> View:
         """`h`: the options as Python constants, the changing scalars as floats or 0-d tensors, and `ratio`."""
@@ -76,7 +76,9 @@ def _bind(flag: type[Flag], h: View) -> Callable[[Tensor, Tensor], Tensor]:
 def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> View:
     """Parameter, gradient (after the gradient stage) and state in compute precision."""
     s = View({name: precision.widen(bufs[name]) for name in spec.buffers})
-    c = View({"p": precision.read_weight(p, bufs.get(KAHAN)), "g": precision.widen(g), "s": s, "h": h})
+    c = View(
+        {"p": precision.read_weight(p, bufs.get(KAHAN)), "g": precision.widen(g), "s": s, "h": h, "rule": spec.rule}
+    )
     for flag in spec.stage("gradient"):
         c.g = flag.apply(c.g, c)  # type: ignore[attr-defined]
     return c
@@ -98,6 +100,8 @@ def step_tensor(
         u = flag.apply(u, c)  # type: ignore[attr-defined]
     for flag in spec.stage("decay"):  # joins the direction: p (1 - lr wd) would round to p for lr wd < 2^-25
         u = u + flag.apply(c.p, c)  # type: ignore[attr-defined]
+    for flag in spec.stage("step"):
+        u = flag.apply(u, c)  # type: ignore[attr-defined]
     new = c.p - c.lr * u
     for flag in spec.stage("parameter"):
         new = flag.apply(new, c)  # type: ignore[attr-defined]
@@ -106,13 +110,19 @@ def step_tensor(
 
 
 def _write(spec: Spec, p: Tensor, new: Tensor, bufs: dict[str, Tensor], s: View, salt: Any, offset: Any) -> None:
-    for channel, name in enumerate(spec.buffers, 1):
-        _store(bufs[name], getattr(s, name), name in spec.narrow, salt, offset, channel)
+    values = [_own(getattr(s, name), name, bufs) for name in spec.buffers]
+    for channel, (name, value) in enumerate(zip(spec.buffers, values), 1):
+        _store(bufs[name], value, name in spec.narrow, salt, offset, channel)
     if spec.rounding == "kahan":
         value = sharding.local(sharding.match(new, p))
         precision.write_kahan(sharding.local(p), sharding.local(bufs[KAHAN]), value)
     else:
         _store(p, new, spec.rounding == "stochastic", salt, offset, 0)
+
+
+def _own(value: Tensor, name: str, bufs: dict[str, Tensor]) -> Tensor:
+    """A copy of a value that a rule moved here from another buffer, which is about to be overwritten."""
+    return value.clone() if any(value is b for other, b in bufs.items() if other != name) else value
 
 
 def _store(buffer: Tensor, value: Tensor, stochastic: bool, salt: Any, offset: Any, channel: int) -> None:
@@ -124,6 +134,9 @@ def _store(buffer: Tensor, value: Tensor, stochastic: bool, salt: Any, offset: A
 
 
 def measure_tensor(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> dict[str, Tensor]:
-    """This tensor's part of the rule's whole-model sums; nothing is written."""
+    """This tensor's part of the whole-model sums of rule and flags; nothing is written."""
     c = read(spec, p, g, bufs, h)
-    return spec.rule.measure(c.g, c.p, c.s, h)
+    own = spec.rule.measure(c.g, c.p, c.s, h) if spec.rule.sums(h) else {}
+    for flag, _ in spec.flags:
+        own |= flag.measure(c) if flag.sums(spec.rule, h) else {}
+    return own

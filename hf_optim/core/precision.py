@@ -27,6 +27,13 @@ def exact(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
+def lower(x: Tensor, wanted: str) -> Tensor:
+    """fp32 as bf16, for iterations that forgive it: where asked for, or on a GPU with `auto`. fp64 stays."""
+    if x.dtype == torch.float32 and (wanted == "bfloat16" or (wanted == "auto" and x.is_cuda)):
+        return x.bfloat16()
+    return x
+
+
 def back(x: Tensor, ref: Tensor) -> Tensor:
     """`x` in the dtype of `ref`, rounded once."""
     return x.to(ref.dtype)

@@ -36,7 +36,7 @@ class Release:
     def _refuse(self) -> None:
         owner = type(self.optimizer).__name__
         for group in self.optimizer.param_groups:
-            needs = self.optimizer.sums(self.optimizer._group_view(group))
+            needs = self.optimizer.all_sums(group)
             if needs:
                 raise ValueError(f"{owner}: {', '.join(needs)} needs all gradients at once; drop gradient release")
         if sharding.several_ranks() and not all(sharding.is_sharded(p) for p in self.optimizer.parameters()):

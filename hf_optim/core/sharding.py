@@ -135,6 +135,13 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def unsharded(x: Tensor) -> Tensor:
+    """All of a tensor on every rank, by one collective: for rules that work on whole matrices."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+
+
 def amax(x: Tensor, keep_axis: int) -> Tensor:
     """Largest entry of a non-negative tensor along every axis but one. An empty shard counts as 0."""
     if not isinstance(x, DTensor):

@@ -18,12 +18,11 @@ class Adafactor(Optimizer):
         alpha <- alpha max(eps2, rms(p))                  only with scale_parameter
         p <- p - alpha weight_decay p - alpha u
 
-    https://huggingface.co/papers/1804.04235. What is corrected against transformers' `Adafactor`: the inverse root is
-    formed from float64 vectors rounded once (smaller error, and finite where a dead row meets a large mean); closures
-    run with gradients; statistics stay fp32 for bf16 weights, also through a checkpoint; momentum averages the clipped
-    update without the step size in it, so a schedule is followed at once; it runs on DTensors. Tensors of more than
-    two dimensions are factored along their two longest axes (experts: the last two; convolutions: channels), where
-    transformers always takes the last two. The defaults are those of transformers' Trainer: `lr` is the step size;
+    https://huggingface.co/papers/1804.04235. Corrected against transformers' `Adafactor`: the inverse root is formed
+    from float64 vectors, rounded once (finite where a dead row meets a large mean); closures run with gradients;
+    statistics stay fp32 for bf16 weights, also in checkpoints; momentum averages the clipped update without the step
+    size, so a schedule is followed at once; it runs on DTensors. More than two dimensions are factored along the two
+    longest (experts: the last two; convolutions: channels), not always the last two. The defaults are Trainer's;
     `relative_step=true,scale_parameter=true` is the paper. With `relative_step` the scheduler acts through
     lr / initial lr, and `warmup_init` replaces 1e-2 by 1e-6 t.
     """
@@ -77,4 +76,5 @@ class Adafactor(Optimizer):
         needs = {"cautious": "beta1", "warmup_init": "relative_step", "eps2": "scale_parameter"}
         return {name: f"it needs `{other}`" for name, other in needs.items() if not getattr(h, other)}
 
+    second_moment = staticmethod(lambda s, h: s.row if hasattr(s, "row") else s.v)  # the same mean
     convert_state_dict = staticmethod(from_transformers_adafactor)

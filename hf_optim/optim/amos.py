@@ -65,13 +65,13 @@ class Amos(Optimizer):
         return u
 
     @staticmethod
-    def options_for(module, name, p, h):
-        eta = by_pattern(h.etas, name) or h.eta
-        if eta is None and isinstance(module, torch.nn.Embedding):
-            eta = (2 / module.embedding_dim) ** 0.5
-        elif eta is None and p.ndim < 2 and "norm" in type(module).__name__.lower() and name.endswith("weight"):
+    def options_for(at, h):
+        eta, kind = by_pattern(h.etas, at.name) or h.eta, type(at.module).__name__
+        if eta is None and isinstance(at.module, torch.nn.Embedding):
+            eta = (2 / at.module.embedding_dim) ** 0.5
+        elif eta is None and at.p.ndim < 2 and "norm" in kind.lower() and at.name.endswith("weight"):
             eta = 1.0
-        axis = {"output_axis": 1} if type(module).__name__ == "Conv1D" and p.ndim > 1 else {}
+        axis = {"output_axis": 1} if kind == "Conv1D" and at.p.ndim > 1 else {}
         return axis if eta is None else axis | {"eta": float(eta)}
 
     @staticmethod

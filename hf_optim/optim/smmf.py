@@ -19,8 +19,7 @@ class SMMF(Optimizer):
     `growth` below 1 makes the momentum vanish (0.33 of 0.9 is left after 1000 steps); `decay_rate` is -0.5 for CNNs
     and -0.8 for transformers. https://huggingface.co/papers/2412.08894. Deviations: the matrix has the parameter's own
     rows unless `matricize=square` asks for the paper's reshape. That mixes rows, and since a bit cannot say "zero",
-    embedding rows that never get a gradient drift as fast as the others move. Signs are packed to bits (the reference
-    code stores bytes). fp16 gradients are squared in fp32.
+    embedding rows that never get a gradient drift as fast as the others move. Signs are bits (there, bytes).
     """
 
     beta1: float | None = hp(0.9, "first decay of the average gradient; none keeps no average", ge=0, lt=1)
@@ -59,7 +58,8 @@ class SMMF(Optimizer):
 
     @staticmethod
     def refuses(h):
-        return {} if h.beta1 else {name: "it needs `beta1`" for name in ("cautious", "growth")}
+        idle = {} if h.beta1 else {name: "it needs `beta1`" for name in ("cautious", "growth")}
+        return idle | {"softplus_bias": "no bias is corrected"}
 
     @staticmethod
     def needs_whole(h):

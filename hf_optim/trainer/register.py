@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, trainer_optimizer
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
 from .. import registry
 from ..core.options import nearest
 from ..optim_args import split_optim_args
 from ..registry import OptimInfo
+from . import layout
 
 
 logger = logging.getLogger(__name__)
@@ -94,6 +97,7 @@ def _patch_once() -> None:
         raise ValueError(f"{value!r} is not a valid `optim`{nearest(str(value), known)} Choose one of {known}")
 
     OptimizerNames._missing_ = classmethod(missing)  # type: ignore[method-assign, assignment]
+    layout.guard_optimizer_section(HANDLED)
 
 
 def resolve(info: OptimInfo, args: TrainingArguments, model: torch.nn.Module | None) -> tuple[Any, dict[str, Any]]:
@@ -104,19 +108,34 @@ def resolve(info: OptimInfo, args: TrainingArguments, model: torch.nn.Module | N
 
     Raises:
         `ValueError`, `TypeError`: for a bad `--optim_args`; the message names option, value and range.
+        `ValueError`: if the optimizer would be wrong on the parts of tensors that this run gives it.
     """
-    options = {"lr": args.learning_rate, **info.preset, **_changed_fields(info, args), **_parse(info, args.optim_args)}
+    given = {"lr": args.learning_rate, **_changed_fields(info, args), **parse_optim_args(info, args.optim_args)}
+    options = info.cls.with_preset(info.preset, given)
+    layout.refuse(info, options, layout.of_arguments(args, model))
     _warn_lr(info, args)
-    wants_modules = info.cls.options_for is not registry.Optimizer.options_for
-    if model is None or not wants_modules:
+    if args.optim_target_modules is not None and not info.cls.uses_targets:
+        logger.warning("`optim_target_modules` has no effect with %s", info.name)
+    if model is None or not info.cls.asks_for_place(options):
         return info.cls, options
     decay = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # does not look at self
     options["weight_decay"] = args.weight_decay
-    groups, options = registry.param_groups(info.cls, model, options, decay)
+    groups, options = registry.param_groups(info.cls, model, options, decay, _target(args))
     return info.cls, {**options, "params": groups}
 
 
-def _parse(info: OptimInfo, text: str | None) -> dict[str, Any]:
+def _target(args: TrainingArguments) -> Callable[[str, torch.nn.Module], bool] | None:
+    """What `optim_target_modules` matches: a regular expression, a list of names, or "all-linear"."""
+    wanted = args.optim_target_modules
+    if wanted is None:
+        return None
+    if isinstance(wanted, str) and wanted.replace("_", "-") == "all-linear":
+        return lambda name, module: isinstance(module, (torch.nn.Linear, Conv1D))
+    return lambda name, module: bool(check_target_module_exists(wanted, name))
+
+
+def parse_optim_args(info: OptimInfo, text: str | None) -> dict[str, Any]:
+    """The options in the value of `--optim_args`, checked one by one."""
     table, owner = info.options, info.name
     raw = split_optim_args(text)
     parsed = {}
@@ -124,7 +143,7 @@ def _parse(info: OptimInfo, text: str | None) -> dict[str, Any]:
         field = TRAINER_OPTIONS.get(key) or (key if key == "learning_rate" else None)
         if field is not None:
             raise ValueError(f"{owner}: `{key}` does not belong in `--optim_args`; use `--{field}`")
-        if key not in table:
+        if key not in table or info.cls.excluded(key, value):
             raise info.cls.unknown_option(key, value)
         parsed[key] = table[key].parse(owner, value)
     return parsed
@@ -139,8 +158,8 @@ def _changed_fields(info: OptimInfo, args: TrainingArguments) -> dict[str, Any]:
 
 def _warn_lr(info: OptimInfo, args: TrainingArguments) -> None:
     untouched = next(f.default for f in fields(TrainingArguments) if f.name == "learning_rate")
-    if info.lr and args.learning_rate == untouched and untouched < info.lr[0]:
+    if info.lr and args.learning_rate == untouched and 10 * untouched < info.lr[0]:  # no longer run makes up for that
         logger.warning(
-            "`learning_rate` is transformers' default %g, with which %s hardly trains; it wants %g to %g (%s)",
-            untouched, info.name, *info.lr, info.lr_source,
+            "`learning_rate` is transformers' default %g, with which %s hardly trains; start from %g (%s)",
+            untouched, info.name, info.lr[1], info.lr_source,
         )  # fmt: skip

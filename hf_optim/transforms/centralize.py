@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient centralisation."""
 
-from ..core import Flag
+import torch
+
+from ..core import Flag, hp
 
 
 class Centralize(Flag):
@@ -10,14 +12,25 @@ class Centralize(Flag):
 
         g_i <- g_i - mean(g_i)      over all axes but the first, for tensors of two or more dimensions
 
-    A unit with a single weight keeps its gradient (its mean is the gradient itself). Under an adaptive denominator
-    the rows of the update are no longer centred. https://huggingface.co/papers/2004.01461
+    A unit with a single weight keeps its gradient (its mean is the gradient itself), and so do embeddings, whose rows
+    are tokens. The paper and the default centre the gradient; under an adaptive denominator the rows of the update are
+    then no longer centred, and `centralize_on=update` (the authors' later advice for Adam) centres the update instead.
+    https://huggingface.co/papers/2004.01461
     """
 
     flag, stage, elementwise = "centralize", "gradient", False
+    centralize_on: str = hp("gradient", "what is centred; the paper's is the gradient", choices=("gradient", "update"))
+
+    @classmethod
+    def acts_at(cls, h):
+        return h.centralize_on
 
     @staticmethod
-    def apply(g, c):
-        if g.ndim < 2 or g.numel() == g.shape[0]:
-            return g
-        return g - g.mean(tuple(range(1, g.ndim)), keepdim=True)
+    def apply(x, c):
+        if x.ndim < 2 or x.numel() == x.shape[0]:
+            return x
+        return x - x.mean(tuple(range(1, x.ndim)), keepdim=True)
+
+    @staticmethod
+    def options_for(at, h):
+        return {"centralize": False} if isinstance(at.module, torch.nn.Embedding) else {}

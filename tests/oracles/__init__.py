@@ -10,13 +10,18 @@
         def direction(self, x, g, step)               # u, or (u, alpha):  x <- x - alpha weight_decay x - alpha u
         @staticmethod
         def together(oracles, gs)                     # optional: all tensors at once, before any `direction`
+        def second_moment(self)                       # where `decay=stable` acts: v_hat, or what has the same mean,
+        def gain(self)                                # or what a constant gradient ends up multiplied by
 
     CASES = [{"option": value, ...}, ...]             # each option at a value that matters, with what it needs to act
-    NEEDS = {"flag": {"option": value, ...}, ...}     # optional: what a flag needs to act
+    BASE = {"option": value, ...}                     # optional: for every run, so that the rule shows in a few steps
+    APPROXIMATE = [{"option": value, ...}, ...]       # optional: cases that round on purpose
+    NEEDS = {"flag": {"option": value, ...}, ...}     # optional: what a flag needs to act; None where nothing helps
     TRANSPOSE = {"option": value, ...}                # optional: what makes f(g^T) = f(g)^T; None where nothing does
 
-`step` has `lr`, `schedule` (lr / initial lr), `weight_decay` and `loss`. The flags, with their own CASES, are in
-flags.py; the oracle of a preset of flags is that of its base: `from .adamw import CASES, Oracle`.
+`step` has `lr`, `schedule` (lr / initial lr), `weight_decay` (0 where the decay is part of the gradient) and `loss`.
+The flags, with their own CASES, are in flags.py; the oracle of a preset of flags is that of its base:
+`from .adamw import CASES, Oracle`.
 """
 
 import importlib
@@ -42,27 +47,38 @@ class Model:
         rule = load(name).Oracle
         self.flags, own = flags.split(options)
         self.oracles = [rule(shape, **own) for shape in shapes]
+        self.bounds = [flags.CPR(self.flags) for _ in shapes]
         self.slow, self.t = None, 0
 
     def step(self, xs, gs, lr, weight_decay=0.0, loss=None, schedule=1.0):
         """The weights after one step; all tensors are float64."""
         self.t += 1
-        on = self.flags
-        step = SimpleNamespace(lr=lr, schedule=schedule, weight_decay=weight_decay, loss=loss)
-        live = [i for i, x in enumerate(xs) if x.numel()]
-        gs = [flags.centralize(g) if on.centralize else g for g in gs]
-        together = getattr(self.oracles[0], "together", None)
-        if together:
-            together([self.oracles[i] for i in live], [gs[i] for i in live])
+        on, new = self.flags, list(xs)
         self.slow = self.slow or list(xs)
-        new = list(xs)
+        live = [i for i, x in enumerate(xs) if x.numel()]
+        oracles = [self.oracles[i] for i in live]
+        gs = {i: flags.gradient(gs[i], xs[i], on, weight_decay) for i in live}
+        own = 0.0 if on.decay == "coupled" else weight_decay
+        step = SimpleNamespace(lr=lr, schedule=schedule, weight_decay=own, loss=loss)
+        if hasattr(self.oracles[0], "together"):
+            self.oracles[0].together(oracles, list(gs.values()))
+        outs = {i: self.oracles[i].direction(xs[i], gs[i], step) for i in live}
+        gain = flags.stable_gain(oracles, [xs[i] for i in live]) if on.decay == "stable" and live else None
         for i in live:
-            x, oracle = xs[i], self.oracles[i]
-            out = oracle.direction(x, gs[i], step)
-            u, alpha = out if isinstance(out, tuple) else (out, lr)
-            where = 0.0 if getattr(oracle, "decays", False) else flags.decay_mask(x, u, on.decay)
-            u = flags.cautious(u, gs[i], on.cautious_floor) if on.cautious else u
-            new[i] = x - alpha * weight_decay * where * x - alpha * u
-            if on.lookahead and self.t % on.lookahead_k == 0:
-                new[i] = self.slow[i] = self.slow[i] + on.lookahead_alpha * (new[i] - self.slow[i])
+            u, alpha = outs[i] if isinstance(outs[i], tuple) else (outs[i], lr)
+            q = flags.update(u, gs[i], on)
+            if not getattr(self.oracles[i], "decays", False):
+                q = q + flags.decay(xs[i], u, alpha, weight_decay, on, gain)
+            if on.trust_ratio and on.trust_on == "update":
+                q = flags.trust(q, xs[i], on)
+            new[i] = self.around(i, xs[i] - alpha * q, xs[i])
+        return new
+
+    def around(self, i, new, old):
+        """What happens to the weights after the step."""
+        on = self.flags
+        if on.decay == "cpr" and new.dim() > 1:
+            new = self.bounds[i](new, old)
+        if on.lookahead and self.t % on.lookahead_k == 0:
+            new = self.slow[i] = self.slow[i] + on.lookahead_alpha * (new - self.slow[i])
         return new

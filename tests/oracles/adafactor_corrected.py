@@ -47,6 +47,9 @@ class Oracle:
             rho = step.schedule * min(1e-6 * self.t if self.warmup else 1e-2, 1 / self.t**0.5)
         return U, rho * max(self.eps2, rms(X)) if self.scaled else rho
 
+    def second_moment(self):
+        return self.r if len(self.axes) > 1 else self.V  # the rows' means have the mean of all
+
 
 def rms(A):
     return (A.square().sum() / A.numel()).sqrt().item()

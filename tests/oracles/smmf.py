@@ -52,3 +52,4 @@ CASES = [
     {"growth": 1.0, "decay_rate": -0.8},
     {"matricize": "square"},
 ]
+NEEDS = {"softplus_bias": None}

@@ -25,20 +25,18 @@ def show(
     if as_json:
         typer.echo(json.dumps(info.as_dict(), indent=2))
     else:
-        _print(info.as_dict(), info.cls.__doc__ or "")
+        _print(info.as_dict(), info.doc)
 
 
 def _print(facts: dict[str, Any], doc: str) -> None:
-    import inspect
-
     from rich.console import Console
     from rich.table import Column, Table
 
     console = Console(highlight=False, markup=False)
-    low_high = facts["learning_rate"]["range"]
+    lr = facts["learning_rate"]["range"]
     source = facts["learning_rate"]["source"]
-    rates = f"{low_high[0]:g} to {low_high[1]:g} ({source})" if low_high else "plays no part"
-    typer.echo(f"{facts['name']}: {facts['summary']}\n\n{inspect.cleandoc(doc)}\n")  # lines stay as they are
+    rates = f"{lr[0]:g} to {lr[2]:g}, best {lr[1]:g} ({source})" if lr else "plays no part"
+    typer.echo(f"{facts['name']}: {facts['summary']}\n\n{doc}\n")  # lines stay as they are
     for label, text in {
         "paper": facts["paper"],
         "state": f"{facts['bytes_per_parameter']:.3g} bytes per parameter (fp32 4096 x 4096 weight, defaults)",
