@@ -73,6 +73,14 @@ class Bench:
         return self.untrained - sum(losses[-LAST:]) / LAST
 
 
+def same(one: str, two: str) -> bool:
+    """Whether two names differ in their decay alone, which without `weight_decay` (and within these steps) is none."""
+    rules = []
+    for info in map(hf_optim.info, (one, two)):
+        rules.append((info.cls, {k: v for k, v in info.preset.items() if k != "decay"}))
+    return rules[0] == rules[1]
+
+
 def sweep(bench: Bench, name: str, enough: float) -> dict[str, float]:
     """{rate: drop} from the default of the class outwards."""
     start = round(2 * math.log10(hf_optim.info(name).options["lr"].default))
@@ -106,7 +114,8 @@ def main() -> None:
     bench = Bench()
     reference = max(bench.drop("adamw", rate(k)) for k in (-8, -7, -6))
     for name in track(names, "names"):
-        record["drops"][name] = sweep(bench, name, SHARE * reference)
+        twin = next((n for n in record["drops"] if n not in names[names.index(name) :] and same(n, name)), None)
+        record["drops"][name] = record["drops"][twin] if twin else sweep(bench, name, SHARE * reference)
         record |= environment() | {"steps": STEPS, "batch": BATCH, "clip": 1.0, "share": SHARE}
         record["ranges"] = ranges(record)
         RESULT.write_text(json.dumps(record, indent=1) + "\n")

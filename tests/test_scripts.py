@@ -22,6 +22,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+import hf_optim
+
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -227,6 +229,17 @@ def test_classification_from_the_shell(run, tiny_bert, topics, tmp_path):
     assert not torch.equal(before[name], after[f"bert.{name}"])
 
 
+def test_classification_with_every_name(run, tiny_bert, topics, tmp_path, name):
+    rate = hf_optim.info(name).options["lr"].default
+    config = {"optim": name, "optim_args": "backend=loop", "learning_rate": rate, "max_steps": 3, "logging_steps": 1}
+    run("finetune_classification", *flags(classification(tiny_bert, topics, tmp_path / "out", **config)))
+    before, after = weights(tiny_bert), weights(tmp_path / "out")
+    assert all(w.isfinite().all() for w in after.values())
+    assert any(not torch.equal(w, after[f"bert.{key}"]) for key, w in before.items() if f"bert.{key}" in after)
+    saved = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sum("loss" in entry for entry in saved) == 3
+
+
 @pytest.mark.parametrize("suffix, dump", [(".yaml", yaml.safe_dump), (".json", json.dumps)])
 def test_classification_from_a_file(run, tiny_bert, topics, tmp_path, suffix, dump):
     config = classification(tiny_bert, topics, tmp_path / "out", max_train_samples=12, max_eval_samples=5)
@@ -290,6 +303,17 @@ def test_classification_on_two_processes(tiny_bert, topics, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- finetune_clm
+
+
+@pytest.mark.slow
+def test_clm_with_every_name(run, tmp_path, name):
+    rate = hf_optim.info(name).options["lr"].default
+    config = {"optim": name, "learning_rate": rate, "max_steps": 20, "logging_steps": 10, "warmup_steps": 4}
+    config |= {"output_dir": tmp_path, "do_train": True, "use_cpu": True, "report_to": "none", "block_size": 32}
+    run("finetune_clm", *flags(config | ({"optim_args": "mode=compliant"} if name == "adalo" else {})))
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in logs if "loss" in entry]
+    assert losses[1] < losses[0] < 8.5, losses  # ln 2048 = 7.6 to start with
 
 
 def test_clm_trains_resumes_and_is_loaded_again(run, script, tmp_path):

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from .commands.check import check
 from .commands.env import env
 from .commands.list import list_
 from .commands.run import run
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("list")(list_)
 app.command("show")(show)
+app.command("check")(check)
 app.command("env")(env)
 app.command("tails")(tails)
 app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(

@@ -243,6 +243,7 @@ class Optimizer(torch.optim.Optimizer):
     # ---- construction --------------------------------------------------------------------------------------------
     _plan: plan.Plan | None = None
     _loss: Tensor | None = None
+    keeps_loss: bool = False  # until the next report: DeepSpeed makes one step of each group
     _release: Release | None = None
     _used: tuple[Any, ...] | list[Any] = ()  # (step size, number of elements) of every tensor of the last step
 
@@ -374,7 +375,7 @@ class Optimizer(torch.optim.Optimizer):
             self._warn_idle()
         for group in self.param_groups:
             for p in group["params"]:
-                if (p.requires_grad or p.grad is not None) and p not in self.state:
+                if (p.requires_grad or p.grad is not None) and not self.state.get(p):
                     self.state[p] = self._new_state(p, group)
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -463,7 +464,7 @@ class Optimizer(torch.optim.Optimizer):
             s = self._shared_view(group)
             made.append(self.prepare(s, self._group_view(group, loss=self._loss)))
             group.update(vars(s))
-        self._loss = None
+        self._loss = self._loss if self.keeps_loss else None
         return made
 
     def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:

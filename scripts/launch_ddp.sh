@@ -1,0 +1,10 @@
+#!/bin/sh
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+# A small causal language model, one copy of it per device.
+# More arguments go to the script: scripts/launch_ddp.sh --optim adamw --max_steps 50
+set -e
+cd "$(dirname "$0")/.."
+accelerate launch --config_file configs/accelerate/ddp.yaml scripts/finetune_clm.py \
+    --optim adalo \
+    --max_steps 200 --do_train --do_eval --output_dir outputs/clm_ddp "$@"

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+# A small causal language model under DeepSpeed ZeRO 3: for elementwise optimizers.
+# More arguments go to the script: scripts/launch_zero3.sh --optim adamw --max_steps 50
+set -e
+cd "$(dirname "$0")/.."
+accelerate launch --config_file configs/accelerate/zero3.yaml scripts/finetune_clm.py \
+    --optim cautious_decay_adamw --learning_rate 1e-3 --weight_decay 0.1 --bf16 \
+    --max_steps 200 --do_train --do_eval --output_dir outputs/clm_zero3 "$@"
