@@ -57,7 +57,7 @@ class Bench:
         """How far the loss on the last batches came down, in the mean over these steps."""
         set_seed(SHARED["seed"])
         self.model.load_state_dict(self.start)
-        optimizer = hf_optim.create(name, self.model, lr=lr, backend="loop")
+        optimizer = hf_optim.create(name, self.model, lr=lr)
         schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 10, STEPS)
         losses = []
         for batch in self.batches:

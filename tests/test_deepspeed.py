@@ -77,7 +77,9 @@ def equals_ddp(names, zero):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_elementwise_optimizers_equal_ddp(stage):
     assert {"adamw", "adalo", "nadamw", "diffgrad", "cautious_decay_adamw"} <= set(ALONE)
-    launch(2, equals_ddp, ALONE, config(stage))
+    # a ratio without eps takes full steps on gradients that are 0 but for rounding (biases of keys): there any two
+    # orders of summation part
+    launch(2, equals_ddp, [name for name in ALONE if name != "adam_atan2"], config(stage))
 
 
 def test_stage_3_equals_ddp():
@@ -118,7 +120,7 @@ def refuses():
         ("stable_decay_adamw", config(3), "ZeRO 3: `decay=stable` sums"),
         ("adalo", config(3), "ZeRO 3: AdaLo counts on one call.*ZeRO 1 or 2"),
         ("adamw", config(2, zero={"offload_optimizer": {"device": "cpu"}}), '"zero_force_ds_cpu_optimizer": false'),
-        ("adamw", config(2, optimizer={"type": "AdamW", "params": {"lr": 1e-3}}), "`optimizer` section"),
+        ("adamw", config(2, optimizer={"type": "AdamW", "params": {"lr": "auto"}}), "`optimizer` section"),
     ):
         with pytest.raises(ValueError, match=message):
             trained(name, zero)

@@ -468,6 +468,10 @@ class Optimizer(torch.optim.Optimizer):
         return made
 
     def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:
+        with torch.autocast(self._device().type, enabled=False):  # a step inside the block is the step outside
+            self._run_exactly(calls, scalars)
+
+    def _run_exactly(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:
         values = [self._values(call, scalars) for call in calls]
         self._measure(calls, values)
         numel = sum(item.weight.numel() for call in calls for item in call.items)

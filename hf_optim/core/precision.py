@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGEST = 1e15  # of a gradient entry; the sum of 1e8 squares is still finite
 _MASK32 = 0xFFFFFFFF
 
 
@@ -20,6 +21,13 @@ def state_dtype(p: Tensor, wanted: str) -> torch.dtype:
 def widen(x: Tensor) -> Tensor:
     """fp16/bf16 to fp32, before anything is squared; fp32 and fp64 stay. Codes (uint8) stay as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def read_gradient(g: Tensor) -> Tensor:
+    """In fp32 an entry beyond 1e15 counts as 0: sums of such squares overflow, and no statistic would ever recover.
+    NaN and inf (as inf - inf) go on as NaN, to be seen."""
+    g = widen(g)
+    return g if g.dtype == torch.float64 else torch.where(g.abs() <= LARGEST, g, g - g)
 
 
 def exact(x: Tensor) -> Tensor:
