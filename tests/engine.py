@@ -43,8 +43,8 @@ def settings_of_flags():
 
 
 def build(name, shapes=SHAPES, dtype=torch.float32, seed=0, **options):
-    """(optimizer, its parameters). No weight decay where a bound takes its place; each tensor on its own, also where the
-    default looks at the whole model."""
+    """(optimizer, its parameters). No weight decay where a bound takes its place; each tensor on its own, even where
+    the default looks at the whole model."""
     if hf_optim.info(name).preset.get("decay") == "cpr" and "decay" not in options:
         options.pop("weight_decay", None)
     options = {**apart(name), **options}

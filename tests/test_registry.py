@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registry: names, derived facts, the README table, adding one's own."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def test_readme_tables_are_generated():
     text = (ROOT / "README.md").read_text()
     assert make_table.with_tables(text) == text, "run `python scripts/make_table.py`"
     assert all(f"| `{name}` |" in text for name in hf_optim.list_optimizers())
+
+
+def test_learning_rates_are_those_that_were_measured(name):
+    found = json.loads((ROOT / "scripts" / "results" / "sweep_lr.json").read_text())["ranges"].get(name)
+    rates = hf_optim.info(name).lr
+    assert rates == (None if found is None else (found["lowest"], found["best"], found["highest"]))
 
 
 def test_filter_and_unknown_name():

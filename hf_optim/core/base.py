@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -250,7 +251,9 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
         given = options if lr is None else {"lr": lr, **options}
         values = self.resolve(given)
-        inside = {name: torch.tensor(float(first), dtype=torch.float32) for name, first in self.shared.items()}
+        inside = {  # whatever the defaults of torch are
+            name: torch.tensor(float(first), dtype=torch.float32, device="cpu") for name, first in self.shared.items()
+        }
         super().__init__(params, {**values, "optimizer": type(self).__name__, "step": 0, **inside})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -288,7 +291,7 @@ class Optimizer(torch.optim.Optimizer):
         if not self.needs_loss:
             return
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss), dtype=torch.float32)  # whatever the default dtype is
+            loss = torch.tensor(float(loss), dtype=torch.float32, device="cpu")  # whatever the defaults are
         if loss.numel() != 1:
             raise ValueError(f"{type(self).__name__}: the loss must be a scalar, got shape {tuple(loss.shape)}")
         value = sharding.whole(loss.detach()).reshape(()).float()
@@ -468,7 +471,9 @@ class Optimizer(torch.optim.Optimizer):
         return made
 
     def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:
-        with torch.autocast(self._device().type, enabled=False):  # a step inside the block is the step outside
+        kind = self._device().type
+        plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with plain:  # a step inside an autocast block is the step outside
             self._run_exactly(calls, scalars)
 
     def _run_exactly(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:
@@ -507,9 +512,12 @@ class Optimizer(torch.optim.Optimizer):
                 place = tuple(getattr(x, key, None) for key in ("device_mesh", "placements", "device"))
                 sums = totals.setdefault(name, {})
                 sums[place] = sums[place] + x if place in sums else x
-        full = {name: sum(sharding.whole(x) for x in sums.values()) for name, sums in totals.items()}
-        for value, wanted in zip(values, names):
+        device = self._device()
+        full = {name: sum(sharding.whole(x, device) for x in sums.values()) for name, sums in totals.items()}
+        for call, value, wanted in zip(calls, values, names):
             value |= {name: full[name] for name in wanted}
+            own = call.items[0].weight.device
+            value |= {name: x.to(own, non_blocking=True) for name, x in value.items() if isinstance(x, Tensor)}
 
     def effective_lr(self) -> float | None:
         """The step size of the last step, averaged over all weights it moved; None before the first step.

@@ -112,4 +112,5 @@ def switch(name: str, members: Mapping[Any, type[Flag]]) -> Option:
 
 def chosen(values: Mapping[str, Any], names: tuple[str, ...]) -> tuple[type[Flag], ...]:
     """The techniques that `values` switches on, in the order of their registration."""
-    return tuple(FLAGS[name][values[name]] for name in FLAGS if name in names and values[name] in FLAGS[name])
+    on = {name: values[name] for name in FLAGS if name in names and isinstance(values[name], (str, bool))}
+    return tuple(FLAGS[name][value] for name, value in on.items() if value in FLAGS[name])

@@ -77,7 +77,13 @@ def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> 
     """Parameter, gradient (after the gradient stage) and state in compute precision."""
     s = View({name: precision.widen(bufs[name]) for name in spec.buffers})
     c = View(
-        {"p": precision.read_weight(p, bufs.get(KAHAN)), "g": precision.read_gradient(g), "s": s, "h": h, "rule": spec.rule}
+        {
+            "p": precision.read_weight(p, bufs.get(KAHAN)),
+            "g": precision.read_gradient(g),
+            "s": s,
+            "h": h,
+            "rule": spec.rule,
+        }
     )
     for flag in spec.stage("gradient"):
         c.g = flag.apply(c.g, c)  # type: ignore[attr-defined]

@@ -130,9 +130,10 @@ def beside(x: Tensor, ref: Tensor) -> Tensor:
     return DTensor.from_local(x, ref.device_mesh, [Replicate()] * ref.device_mesh.ndim, run_check=False)
 
 
-def whole(x: Tensor) -> Tensor:
-    """The full value of a reduced (0-d) result as a plain tensor, the same on every rank."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def whole(x: Any, device: torch.device | None = None) -> Any:
+    """The full value of a reduced (0-d) result as a plain tensor, the same on every rank; moved to `device`."""
+    x = x.full_tensor() if isinstance(x, DTensor) else x
+    return x if device is None or not isinstance(x, Tensor) else x.to(device)
 
 
 def unsharded(x: Tensor) -> Tensor:

@@ -68,11 +68,12 @@ def weights(alpha):
 @cache
 def exponentials(alpha):
     """[(w_1, r_1), (w_2, r_2)]: Prony's method, the rates from a recurrence of two terms, then the weights."""
-    w = torch.tensor(weights(alpha), dtype=torch.float64)
+    exact = {"dtype": torch.float64, "device": "cpu"}
+    w = torch.tensor(weights(alpha), **exact)
     if not w.any():
         return [(0.0, 0.0), (0.0, 0.0)]
     a, b = map(float, torch.linalg.lstsq(torch.stack([w[1:-1], w[:-2]], 1), w[2:]).solution)
     root = (a * a / 4 + b) ** 0.5
-    rates = torch.tensor([a / 2 - root, a / 2 + root], dtype=torch.float64)
-    powers = rates ** torch.arange(HISTORY, dtype=torch.float64).unsqueeze(1)
+    rates = torch.tensor([a / 2 - root, a / 2 + root], **exact)
+    powers = rates ** torch.arange(HISTORY, **exact).unsqueeze(1)
     return [(float(weight), float(rate)) for weight, rate in zip(torch.linalg.lstsq(powers, w).solution, rates)]

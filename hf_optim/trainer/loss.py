@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..core import Optimizer
 from ..core.sharding import mean_over_ranks, whole
+from .resume import complete_checkpoint, withdraw_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def _deliver(accelerator: Accelerator, wanting: list[Optimizer], loss: torch.Ten
     if accelerator.sync_gradients:
         for optimizer in wanting:
             optimizer.report_loss(window)
+            optimizer.keeps_loss = deepspeed  # it steps group by group
         window = 0.0
     accelerator._loss_of_window = window
 
@@ -91,8 +93,16 @@ class LossAwareMixin(_Base):
     """Give the training loss to the optimizer, in any Trainer: `class MyTrainer(LossAwareMixin, SFTTrainer)`.
 
     The loss is the one back-propagated, summed over the micro-batches of a step and averaged over ranks, whatever
-    computed it. `optim/effective_lr` is added to the logs.
+    computed it. `optim/effective_lr` is added to the logs. `train(resume_from_checkpoint=...)` takes complete
+    checkpoints only.
     """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        return super().train(complete_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        withdraw_checkpoint(self)
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
