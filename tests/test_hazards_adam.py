@@ -165,7 +165,16 @@ def test_atan2_of_gradients_whose_square_underflows_stays_bounded():
     close(moved, 1.27 * math.pi / 2 * torch.tensor([-1.0, 1.0], dtype=torch.float64), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, 1e20])
+def test_atan2_counts_an_entry_whose_square_overflows_as_zero():
+    p = zeros(3)
+    optimizer = hf_optim.create("adam_atan2", [p], lr=1.0)
+    one_step(optimizer, torch.tensor([1e20, 1.0, 1.0]))
+    assert p[0] == 0 and p[1] != 0  # g^2 = inf would give u = 0, too, and then freeze the weight for ever
+    one_step(optimizer, torch.ones(3))
+    assert p[0] != 0 and p.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
 def test_atan2_shows_an_overflow_at_the_next_step(bad):
     # atan2(inf, inf) = pi / 4 hides it once; moments that stay inf would freeze the weight for ever without a sign
     p = zeros(3)

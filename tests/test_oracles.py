@@ -393,7 +393,10 @@ def test_fused_with_flags(rule, number):
 @pytest.mark.slow
 def test_fused_with_every_shape(name):
     execute.compiled.cache_clear()
-    run = Run(name, backend="fused", **combinations(name)[0])
+    flags = combinations(name)[0]
+    if name == "sm3":  # its first steps are +-1, and centred ones then 0 or a rounding error: a mask may take either
+        flags = {key: value for key, value in flags.items() if not key.startswith(("cautious", "decay"))}
+    run = Run(name, backend="fused", **flags)
     assert compiles(run)
     assert run.go(199) < bar(name)
 
