@@ -274,7 +274,7 @@ def param_groups(
     Returns:
         The groups (each shared parameter once), and the options that remain for the constructor.
     """
-    h = View({k: o.default for k, o in cls.options().items()} | dict(options))
+    h = View(cls.completed(options))
     rules: tuple[Any, ...] = (cls, *chosen(vars(h), cls.flags()))
     outputs = {id(p) for p in output_layer(model).parameters(recurse=False)}
     groups: dict[Any, dict[str, Any]] = {}

@@ -71,7 +71,7 @@ class Verdict:
 
 def decide(cls: type[Optimizer], options: Mapping[str, Any], layout: Layout) -> Verdict:
     """Whether a step under `layout` is the step on whole tensors, for a class with these options."""
-    values = {name: option.default for name, option in cls.options().items()} | dict(options)
+    values = cls.completed(options)
     if layout.swap:
         return Verdict(layout, layout.swap)
     costs = ["steps on the CPU"] if layout.offload else []

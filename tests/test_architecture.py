@@ -73,7 +73,7 @@ assert not heavy, heavy
 def test_transformers_is_imported_by_the_outer_layers_only(file):
     for package in ("transformers", "accelerate", "trl", "peft", "deepspeed"):
         if any(m.split(".")[0] == package for m, *_ in imports(file)):
-            assert file.startswith(("trainer/", "cli/", "losses/")) or file == "run.py"
+            assert file.startswith(("trainer/", "cli/")) or file == "run.py"
 
 
 DTYPES = {"float16", "bfloat16", "float32", "float64", "half", "double", "uint8", "int8", "int16", "int32", "int64"}
@@ -131,6 +131,15 @@ def test_one_file_communicates(file):
         assert not {"to_local", "from_local", "placements", "device_mesh"} & set(words)
 
 
+COLLECTIVES = {"all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce_scatter", "all_to_all"}
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_the_outer_layers_leave_collectives_to_that_file_too(file):
+    called = {name for name, _ in calls(file)}
+    assert file == "core/sharding.py" or not COLLECTIVES & called
+
+
 @pytest.mark.parametrize("file", OPTIMIZERS)
 def test_optimizer_files_are_short_and_know_the_engine_only(file):
     assert len((ROOT / file).read_text().splitlines()) <= 80
@@ -140,8 +149,9 @@ def test_optimizer_files_are_short_and_know_the_engine_only(file):
 
 @pytest.mark.parametrize("file", TRANSFORMS)
 def test_flag_files_are_short_and_know_the_engine_only(file):
-    # CPR is a paper of its own: four measures, four ways to find a bound
-    assert len((ROOT / file).read_text().splitlines()) <= (110 if file == "transforms/cpr.py" else 48)
+    # CPR is a paper of its own (four measures, four ways to find a bound), stable decay two rules and a sum
+    longer = {"transforms/cpr.py": 110, "transforms/stable_decay.py": 47}
+    assert len((ROOT / file).read_text().splitlines()) <= longer.get(file, 40)
     assert {m for m, *_ in imports(file)} <= {"torch", "math", "..core"}
 
 
@@ -178,7 +188,7 @@ def test_functions_are_short(file):
 
 def test_the_engine_is_small():
     lines = sum(len((ROOT / n).read_text().splitlines()) for n in NAMES if n.startswith("core/"))
-    assert lines <= 2050
+    assert lines <= 2000
 
 
 # `assert` is for what cannot happen; python -O removes it

@@ -78,7 +78,7 @@ def check(name, flags, fused):
     advance(again, theirs, 2, first=5)
     assert everything(again) == everything(optimizer), "resumed is not uninterrupted"
     if fused:
-        execute.compiled.cache_clear()
+        execute.programs.cache_clear()
         other, compiled = build(name, flags, backend="fused")
         advance(other, compiled, 3)
         fill_grads(compiled, seed=4)

@@ -815,7 +815,7 @@ def test_cautious_never_steps_against_the_gradient(name):
         assert (moved * g <= 0).all()
         close(moved, (plain * aligned / aligned.double().mean()).double(), rtol=1e-4)
         masked += (~aligned).sum().item()
-    assert masked > 50
+    assert masked > (50 if name == "nadamw" else 100)  # whose look ahead follows the gradient more closely
 
 
 def test_cautious_first_step_is_the_plain_one():

@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from hf_optim.losses import LOSSES, GradTail, SoftMedian, create_loss, soft_median, split_loss_args, survey_soft_median
-from hf_optim.losses.base import Rows
 from hf_optim.losses.gradtail import alignment, gradient_of_logits
 from hf_optim.losses.soft_median import rank_weights
+from hf_optim.trainer.compute_loss import Rows
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

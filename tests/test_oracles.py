@@ -368,13 +368,13 @@ def compiler(monkeypatch):
 
 def compiles(run):
     """Whether the compiler really ran: a fallback to the loop would agree with the oracle too."""
-    before = execute.compiled.cache_info().misses
+    before = execute.programs.cache_info().misses
     run.step()
-    return execute.compiled.cache_info().misses > before and not execute._broken
+    return execute.programs.cache_info().misses > before and not execute._broken
 
 
 def test_fused(name):
-    execute.compiled.cache_clear()
+    execute.programs.cache_clear()
     run = Run(name, [(24, 16), (7,)], backend="fused")
     assert compiles(run)
     assert run.go(199) < bar(name)
@@ -383,7 +383,7 @@ def test_fused(name):
 @pytest.mark.parametrize("number", range(len(oracles.flags.TOGETHER)))
 @adamw_or_slow
 def test_fused_with_flags(rule, number):
-    execute.compiled.cache_clear()
+    execute.programs.cache_clear()
     case = {k: v for k, v in combinations(rule)[number].items() if not k.startswith("soft_clip")}  # see below
     run = Run(rule, [(24, 16), (7,)], backend="fused", **case)
     assert compiles(run)
@@ -392,7 +392,7 @@ def test_fused_with_flags(rule, number):
 
 @pytest.mark.slow
 def test_fused_with_every_shape(name):
-    execute.compiled.cache_clear()
+    execute.programs.cache_clear()
     flags = combinations(name)[0]
     if name == "sm3":  # its first steps are +-1, and centred ones then 0 or a rounding error: a mask may take either
         flags = {key: value for key, value in flags.items() if not key.startswith(("cautious", "decay"))}
@@ -406,7 +406,7 @@ def test_fused_with_every_option_and_flag(name):
     for case in oracles.load(name).CASES + (flag_cases(name) if name in RULES else []):
         if hf_optim.info(name).cls.elementwise and (case == {"centralize": True} or "soft_clip" in case):
             continue  # the next test
-        execute.compiled.cache_clear()
+        execute.programs.cache_clear()
         run = Run(name, [(6, 4), (7,)], backend="fused", **case)
         assert compiles(run)
         assert run.go(199) < bar(name), case
@@ -417,14 +417,14 @@ def test_fused_with_every_option_and_flag(name):
 @pytest.mark.parametrize("flag", ["centralize", "soft_clip"])
 @pytest.mark.parametrize("rule", ["adamw", "adalo"])
 def test_fused_mean_over_rows_of_an_elementwise_rule(rule, flag):
-    execute.compiled.cache_clear()
+    execute.programs.cache_clear()
     assert compiles(Run(rule, [(6, 4)], backend="fused", **{flag: True}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", UNIT)
 def test_fused_low_precision_weights(name, dtype):
-    execute.compiled.cache_clear()
+    execute.programs.cache_clear()
     options = {"precision": "kahan"} if dtype == torch.bfloat16 else {}
     run = Run(name, dtype=dtype, backend="fused", follow=True, size=1e-2, **options)
     assert compiles(run)
@@ -444,7 +444,7 @@ def test_released(name):
 def test_released_and_fused(name):
     if refuses_release(name):
         return
-    execute.compiled.cache_clear()
+    execute.programs.cache_clear()
     run = Run(name, [(24, 16), (7,)], release=True, backend="fused")
     assert compiles(run)
     assert run.go(199) < bar(name)

@@ -8,8 +8,8 @@ from .maths import (
     agrees,
     along,
     amax,
+    at_most,
     factored_rsqrt,
-    mean_square,
     pack_signs,
     rms,
     square_shape,
@@ -21,36 +21,3 @@ from .maths import (
 from .options import Option, by_pattern, hp, parse_options
 from .precision import back, lower
 from .sharding import Slot, beside, keep, like, unsharded, without
-
-
-__all__ = [
-    "FLAGS",
-    "STAGES",
-    "Flag",
-    "Optimizer",
-    "Option",
-    "Place",
-    "Slot",
-    "agrees",
-    "along",
-    "amax",
-    "back",
-    "beside",
-    "by_pattern",
-    "factored_rsqrt",
-    "hp",
-    "keep",
-    "like",
-    "lower",
-    "mean_square",
-    "pack_signs",
-    "parse_options",
-    "rms",
-    "square_shape",
-    "two_largest",
-    "unit_norm",
-    "unit_rms",
-    "unpack_signs",
-    "unsharded",
-    "without",
-]

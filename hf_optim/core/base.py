@@ -168,9 +168,14 @@ class Optimizer(torch.optim.Optimizer):
         return tuple(name for name in collect(cls) if name not in (*DYNAMIC, *ENGINE))
 
     @classmethod
+    def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options`, unchecked, on top of the defaults of the class."""
+        return {key: option.default for key, option in cls.options().items()} | dict(options)
+
+    @classmethod
     def asks_for_place(cls, values: dict[str, Any]) -> bool:
         """Whether these options depend on where in the model a parameter is."""
-        flags = chosen({**{k: o.default for k, o in cls.options().items()}, **values}, cls.flags())
+        flags = chosen(cls.completed(values), cls.flags())
         return cls.options_for is not Optimizer.options_for or any(
             flag.options_for is not Flag.options_for for flag in flags
         )
@@ -188,7 +193,7 @@ class Optimizer(torch.optim.Optimizer):
             if key not in table or cls.excluded(key, value):
                 raise cls.unknown_option(key, value)
         given = {key: table[key].check(cls.__name__, value) for key, value in options.items()}
-        values = {key: option.default for key, option in table.items()} | (inherited or {}) | given
+        values = cls.completed({**(inherited or {}), **given})
         cls._refuse_useless(given, values)
         return values
 
@@ -237,7 +242,7 @@ class Optimizer(torch.optim.Optimizer):
     @classmethod
     def with_preset(cls, preset: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """`options` on top of a preset, without those of its settings that belong to what `options` replaces."""
-        values = {key: option.default for key, option in cls.options().items()} | {**preset, **options}
+        values = cls.completed({**preset, **options})
         kept = {key: value for key, value in preset.items() if cls.idle_host(key, values) is None}
         return {**kept, **options}
 

@@ -33,8 +33,6 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[
     def capture(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         captured.update(optimizer.convert_state_dict(given))
         check(optimizer, captured)
-        # options that this version added after the checkpoint was written
-        captured["param_groups"] = [{**_missing(optimizer, g), **g} for g in captured["param_groups"]]
         return captured
 
     def restore(_: Any) -> None:

@@ -5,31 +5,23 @@
 from __future__ import annotations
 
 import logging
-import types
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
-import torch._dynamo.exc
-import torch._inductor.exc
 from torch import Tensor
 
-from . import precision, sharding
-from .pipeline import Spec, step_tensor
-from .plan import Call, Item
+from . import codegen, precision, sharding
+from .pipeline import KAHAN, Spec, step_tensor
+from .plan import Call, Chunk, Item
 
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 8  # tensors per compiled call: a call costs ~30 us of guards, and compile time grows with the chunk
+CHUNK = 16  # tensors per compiled call: compile time grows with it, the share of a call that each pays falls
 BLOCK = 1 << 17  # elements of a CPU tensor that the eager loop works on at a time
 AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it will save
-COMPILER_ERRORS = (
-    torch._dynamo.exc.TorchDynamoException,
-    torch._dynamo.exc.FailOnRecompileLimitHit,  # more kinds of shapes than Dynamo wants to compile
-    torch._inductor.exc.InductorError,
-)
 _broken: set[Any] = set()  # optimizers of this process that the compiler has failed on
 
 
@@ -43,21 +35,17 @@ def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
 def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backend: str) -> list[Any]:
     """Run a call by the `backend` option (`auto` already resolved). Returns the step size used for each item.
 
-    A compiler that fails does so before anything is written: that chunk, and all later ones of that optimizer, go
-    through the loop, with one warning.
+    A compiler that fails does so before anything is written: all steps of that optimizer go through the loop then,
+    with one warning.
     """
-    used: list[Any] = []
-    chunks = _chunks(len(call.items)) if _fusable(call, backend) else [(0, len(call.items))]
-    for start, stop in chunks:
-        items, pairs = call.items[start:stop], noise[start:stop]
-        if _fusable(call, backend):
-            try:
-                used += fused(call.spec, items, values, pairs)
-                continue
-            except COMPILER_ERRORS as error:
-                _give_up(call.spec, error)
-        used += loop(call.spec, items, values, pairs)
-    return used
+    if _fusable(call, backend):
+        try:
+            call.chunks = call.chunks or chunks(call)
+        except Exception as error:  # whatever goes wrong in tracing and compiling: the loop is always right
+            _give_up(call.spec, error)
+        else:
+            return fused(call, values, noise)
+    return loop(call.spec, call.items, values, noise)
 
 
 def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
@@ -82,38 +70,63 @@ def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, T
         yield item.weight[cut], g[cut], {name: b[cut] for name, b in item.bufs.items()}, start
 
 
-def fused(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
-    """One compiled chunk. Scalars travel in one fp32 tensor, so no value ever recompiles."""
-    device = items[0].weight.device
+def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
+    """The compiled chunks. Scalars travel in one fp32 tensor, so no value ever recompiles."""
+    spec, device = call.spec, call.items[0].weight.device
     packed = pack([values[name] for name in spec.dynamic], torch.float32, device)
     pairs = pack([x for pair in noise for x in pair], torch.int32, device) if spec.noisy else None
-    grads = [item.gradient(spec.elementwise) for item in items]
-    weights, bufs = [item.weight for item in items], [item.bufs for item in items]
-    chunk, fresh = compiled(spec, len(items), _shape_class(items[0]))
-    if fresh:
-        fresh.pop()
-        _any_size([*weights, *grads, *(b for own in bufs for b in own.values())])
-    out = chunk(weights, grads, bufs, packed, pairs)
-    return [values["lr"]] * len(items) if out is None else list(out.unbind())
+    used: list[Any] = []
+    for chunk in call.chunks:
+        args = [*chunk.fixed, *(item.gradient(spec.elementwise) for item in chunk.items), packed]
+        if pairs is not None:
+            args.append(pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))])
+        out = chunk.program.code(*args)
+        used += out[0].unbind() if spec.rule.returns_lr else [values["lr"]] * len(chunk.items)
+    return used
 
 
-def _chunks(n: int) -> list[tuple[int, int]]:
-    """Full chunks, then single items: two sizes of compiled code, whatever the number of tensors."""
-    full = n - n % CHUNK
-    return [(i, i + CHUNK) for i in range(0, full, CHUNK)] + [(i, i + 1) for i in range(full, n)]
+def chunks(call: Call) -> list[Chunk]:
+    """The items in full chunks, then one by one: two sizes of code, whatever the number of tensors."""
+    spec, found, start = call.spec, [], 0
+    large = not spec.elementwise and call.items[0].weight.numel() >= codegen.LARGE
+    size = 1 if large else CHUNK if spec.elementwise else CHUNK // 2
+    while start < len(call.items):
+        items = call.items[start : start + size]
+        items = items if len(items) == size else items[:1]
+        found.append(_chunk(spec, call.kind, items, start, large))
+        start += len(items)
+    return found
 
 
-def _any_size(tensors: list[Tensor]) -> None:
-    """Compile for sizes in general. (`dynamic=True` would turn the options, Python floats, into variables too.)"""
-    for x in tensors:
-        for axis, size in enumerate(x.shape):
-            if size > 1:
-                torch._dynamo.maybe_mark_dynamic(x, axis)
+def _chunk(spec: Spec, kind: Any, items: list[Item], start: int, large: bool) -> Chunk:
+    fixed = [x for item in items for x in (item.weight, *item.bufs.values())]
+    example = [*fixed, *(item.gradient(spec.elementwise) for item in items)]
+    example.append(torch.zeros(len(spec.dynamic), device=example[0].device))
+    if spec.noisy:
+        example.append(torch.zeros(2 * len(items), dtype=torch.int32, device=example[0].device))
+    return Chunk(items, start, fixed, programs(spec, kind, len(items), large).serving(example))
 
 
-def _shape_class(item: Item) -> tuple[int, ...]:
-    """Dimensions of size 0 and 1 are constants to the compiler: keep them apart from the dynamic ones."""
-    return tuple(min(size, 2) for size in item.weight.shape)
+@cache
+def programs(spec: Spec, kind: Any, count: int, large: bool) -> codegen.Programs:
+    """The compiled code for tensors of a kind, `count` at a time."""
+    names = [*spec.buffers, *([KAHAN] if spec.rounding == "kahan" else [])]
+
+    def step(*args: Tensor) -> list[Tensor]:
+        rest = iter(args)
+        own = [(next(rest), {name: next(rest) for name in names}) for _ in range(count)]
+        grads = [next(rest) for _ in range(count)]
+        h = spec.hyper(dict(zip(spec.dynamic, next(rest).unbind())))
+        pairs = next(rest).unbind() if spec.noisy else (0, 0) * count
+        used = [
+            step_tensor(spec, weight, g, bufs, h, pairs[2 * i], pairs[2 * i + 1])
+            for i, ((weight, bufs), g) in enumerate(zip(own, grads))
+        ]
+        return [torch.stack(used)] if spec.rule.returns_lr else []
+
+    _announce(spec.rule.__name__)
+    owners = [i for i in range(count) for _ in range(1 + len(names))] + [*range(count), -1, -1]
+    return codegen.Programs(step, owners, large)
 
 
 def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -130,32 +143,6 @@ def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 @cache
-def compiled(spec: Spec, count: int, shape_class: tuple[int, ...]) -> tuple[Any, list[bool]]:
-    """The compiled chunk for a spec, and a mark that its first call takes away.
-
-    Each has a code object of its own: Dynamo's recompile limit counts per code object.
-    """
-
-    def chunk(
-        weights: list[Tensor], grads: list[Tensor], bufs: list[dict[str, Tensor]], packed: Tensor, noise: Tensor | None
-    ) -> Tensor | None:
-        h = spec.hyper(dict(zip(spec.dynamic, packed.unbind())))
-        used = []
-        for i in range(count):
-            pair = (0, 0) if noise is None else (noise[2 * i], noise[2 * i + 1])
-            used.append(step_tensor(spec, weights[i], grads[i], bufs[i], h, *pair))
-        return torch.stack(used) if spec.rule.returns_lr else None
-
-    _announce(spec.rule.__name__)
-    own = types.FunctionType(
-        chunk.__code__.replace(co_name=f"chunk_{spec.rule.__name__}_{count}"),
-        chunk.__globals__,
-        closure=chunk.__closure__,
-    )
-    return torch.compile(own, fullgraph=True), [True]
-
-
-@cache
 def _announce(name: str) -> None:
     """Once per optimizer: the pause of the first step should not look like a hang."""
     logger.warning("compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", name)
@@ -168,14 +155,14 @@ def _fusable(call: Call, backend: str) -> bool:
         and call.spec.rule not in _broken
         and not sharding.is_sharded(first)  # rules with reductions run on DTensors, eagerly
         and first.dtype != torch.float64  # scalars travel in fp32
-        and first.numel() > 0
+        and call.items[0].dense
     )
 
 
 def _give_up(spec: Spec, error: Exception) -> None:
     _broken.add(spec.rule)
     logger.warning(
-        "torch.compile failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
+        "the compiler failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
         spec.rule.__name__,
         str(error).strip().split("\n")[0],
     )

@@ -11,32 +11,18 @@ import torch
 from torch import Tensor
 
 from .precision import back, exact
-from .sharding import amax, beside
-
-
-__all__ = [
-    "agrees",
-    "along",
-    "amax",
-    "factored_rsqrt",
-    "mean_square",
-    "pack_signs",
-    "rms",
-    "square_shape",
-    "two_largest",
-    "unit_norm",
-    "unit_rms",
-    "unpack_signs",
-]
-
-
-def mean_square(x: Tensor) -> Tensor:
-    return x.square().mean()
+from .sharding import amax as amax  # a formula, too, to those who import from here
+from .sharding import beside
 
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square of all entries, a 0-d tensor."""
-    return mean_square(x).sqrt()
+    return x.square().mean().sqrt()
+
+
+def at_most(x: Tensor, size: Tensor, limit: Tensor) -> Tensor:
+    """`x` scaled down to `limit` where its `size` is larger."""
+    return x * (limit / size.where(size > limit, limit))
 
 
 def unit_norm(x: Tensor) -> Tensor:

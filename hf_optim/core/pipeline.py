@@ -76,15 +76,8 @@ def _bind(flag: type[Flag], h: View) -> Callable[[Tensor, Tensor], Tensor]:
 def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> View:
     """Parameter, gradient (after the gradient stage) and state in compute precision."""
     s = View({name: precision.widen(bufs[name]) for name in spec.buffers})
-    c = View(
-        {
-            "p": precision.read_weight(p, bufs.get(KAHAN)),
-            "g": precision.read_gradient(g),
-            "s": s,
-            "h": h,
-            "rule": spec.rule,
-        }
-    )
+    weight, gradient = precision.read_weight(p, bufs.get(KAHAN)), precision.read_gradient(g)
+    c = View({"p": weight, "g": gradient, "s": s, "h": h, "rule": spec.rule})
     for flag in spec.stage("gradient"):
         c.g = flag.apply(c.g, c)  # type: ignore[attr-defined]
     return c

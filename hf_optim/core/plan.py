@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import precision, sharding
+from .codegen import LARGE, VECTOR, Program
 from .pipeline import KAHAN, Spec
 
 
@@ -33,12 +34,13 @@ class Item:
     bufs: dict[str, Tensor]
     pointer: int
     kept: list[tuple[str, Tensor]]  # the buffers in the state that `bufs` alias
+    dense: bool  # weight, gradient and buffers are contiguous, which compiled code relies on
 
     def gradient(self, elementwise: bool) -> Tensor:
         g = self.p.grad
         assert g is not None
         g = sharding.local(g) if elementwise else g
-        return flatten(g) if self.flat else g.detach()
+        return g.view(self.weight.shape) if self.flat else g
 
     def current(self) -> bool:
         """Whether storage, state and gradient layout are still those the aliases were made from."""
@@ -50,8 +52,18 @@ class Item:
             g is not None
             and g.layout == torch.strided
             and sharding.local(self.p.detach()).data_ptr() == self.pointer
-            and (not self.flat or sharding.local(g).is_contiguous())
+            and (not self.dense or sharding.local(g).is_contiguous())
         )
+
+
+@dataclass
+class Chunk:
+    """Items that one compiled call steps together, and its arguments that stay: weights and state."""
+
+    items: list[Item]
+    start: int
+    fixed: list[Tensor]
+    program: Program
 
 
 @dataclass
@@ -61,7 +73,9 @@ class Call:
     position: int  # of the group
     group: dict[str, Any]
     spec: Spec
+    kind: Any  # dtypes and the axes of size 0 and 1, which are constants of compiled code
     items: list[Item] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)  # as they are compiled; empty in the loop
 
     @property
     def t(self) -> int:
@@ -69,8 +83,9 @@ class Call:
 
 
 def flatten(x: Tensor) -> Tensor:
-    """A base-free 1-D alias: Dynamo guards on `_base`, and one graph then serves every shape."""
-    return x.detach().view(-1).detach()
+    """An alias that code for any shape can serve: rows of `VECTOR` elements where that fits, else a vector."""
+    n = x.numel()
+    return x.detach().view((n // VECTOR, VECTOR) if n % VECTOR == 0 else (n,))
 
 
 class Plan:
@@ -112,10 +127,17 @@ def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call
         group, state = optimizer.param_groups[position], optimizer.state[p]
         spec = optimizer.spec(group, p, scalars[position])
         item = make_item(spec, p, state, index)
-        shape = () if item.flat else tuple(item.weight.shape)
-        key = (position, spec, state["step"], item.weight.dtype, item.weight.device, item.flat, shape)
-        calls.setdefault(key, Call(position, group, spec)).items.append(item)
+        key = (position, spec, state["step"], kind(spec, item))
+        calls.setdefault(key, Call(position, group, spec, key[-1])).items.append(item)
     return list(calls.values())
+
+
+def kind(spec: Spec, item: Item) -> Any:
+    """What items have in common that the same compiled code may serve."""
+    tensors = [item.weight, item.gradient(spec.elementwise), *item.bufs.values()]
+    sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
+    large = not spec.elementwise and item.weight.numel() >= LARGE
+    return sizes, tuple(x.dtype for x in tensors), item.weight.device, item.dense, large
 
 
 def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
@@ -129,14 +151,9 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
     pointer = sharding.local(weight).data_ptr()
-    flat = (
-        spec.elementwise
-        and weight.numel() > 1
-        and all(b.shape == weight.shape and b.is_contiguous() for b in bufs.values())
-        and weight.is_contiguous()
-        and g.is_contiguous()
-    )
+    dense = weight.numel() > 0 and all(x.is_contiguous() for x in (weight, g, *bufs.values()))
+    flat = spec.elementwise and weight.numel() > 1 and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
         weight, bufs = flatten(weight), {name: flatten(b) for name, b in bufs.items()}
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
-    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept)
+    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept, dense)

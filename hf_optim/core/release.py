@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .plan import Call, make_item
+from .plan import Call, kind, make_item
 
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Release:
         assert self.scalars is not None
         group = self.optimizer.param_groups[position]
         spec = self.optimizer.spec(group, p, self.scalars[position])
-        call = Call(position, group, spec, [make_item(spec, p, self.optimizer.state[p], index)])
+        item = make_item(spec, p, self.optimizer.state[p], index)
+        call = Call(position, group, spec, kind(spec, item), [item])
         self.optimizer._run([call], self.scalars)
         self.used += self.optimizer._used
 

@@ -187,13 +187,47 @@ def flat_offset(p: Tensor) -> int:
 
 
 def several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if several_ranks() else 0
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Add up a tensor over the default process group, in place; a collective call."""
+    if several_ranks():
+        dist.all_reduce(x)
+    return x
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a scalar over the default process group; a collective call where there is more than one rank."""
+    return sum_over_ranks(x.clone()) / world_size() if several_ranks() else x
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value (any Python object) of every rank, on every rank."""
+    values: list[Any] = [value] * world_size()
+    if several_ranks():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def side_by_side(*vectors: Tensor) -> tuple[list[Tensor], slice]:
+    """Vectors of the same length, each joined over all ranks and filled up with 0; and where this rank's part is."""
     if not several_ranks():
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
+        return list(vectors), slice(None)
+    n = len(vectors[0])
+    longest = torch.tensor(n, device=vectors[0].device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    room, joined = int(longest), []
+    for x in vectors:
+        parts = [x.new_empty(room) for _ in range(world_size())]
+        dist.all_gather(parts, torch.nn.functional.pad(x, (0, room - n)))
+        joined.append(torch.cat(parts))
+    return joined, slice(rank() * room, rank() * room + n)

@@ -10,7 +10,7 @@ import torch
 
 from ..core.options import nearest
 from ..optim_args import split_optim_args
-from .base import Loss
+from ..trainer.compute_loss import Loss
 from .gradtail import GradTail
 from .soft_median import SoftMedian, soft_median, survey_soft_median
 

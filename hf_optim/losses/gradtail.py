@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..core import hp
-from ..core.sharding import several_ranks
-from .base import Loss, Rows, divisor, unwrapped
+from ..core.sharding import sum_over_ranks
+from ..trainer.compute_loss import Loss, Rows, divisor, unwrapped
 
 
 logger = logging.getLogger(__name__)
@@ -177,10 +176,7 @@ class GradTail(Loss):
         """
         if not self._sums:
             return
-        gradient, totals = self._sums["gradient"], self._sums["totals"]
-        if several_ranks():
-            dist.all_reduce(gradient)
-            dist.all_reduce(totals)
+        gradient, totals = sum_over_ranks(self._sums["gradient"]), sum_over_ranks(self._sums["totals"])
         self._sums = {}
         if not bool(gradient.isfinite().all() & totals.isfinite().all()):
             return

@@ -7,13 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import hp
-from ..core.sharding import several_ranks
-from .base import Loss, divisor
+from ..core.sharding import side_by_side, world_size
+from ..trainer.compute_loss import Loss, divisor
 
 
 def soft_median(losses: Tensor, tau: float = 0.1, support: float | None = None) -> Tensor:
@@ -130,24 +129,8 @@ class SoftMedian(Loss):
             return losses.sum() / items
         counts = rows.counts.view(rows.samples, -1).sum(1)
         means = losses.view(rows.samples, -1).sum(1) / counts.clamp(min=1)
-        all_means, all_counts, own = _of_all_ranks(means.detach(), counts)
+        (all_means, all_counts), own = side_by_side(means.detach(), counts)
         share = (rank_weights(all_means, all_counts, self.tau, self.support)[own] * means).sum()
         if num_items_in_batch is None:  # nobody scales: the mean over ranks of the gradients is that of the median
-            return share * (dist.get_world_size() if several_ranks() else 1)
+            return share * world_size()
         return share * all_counts.sum() / items
-
-
-def _of_all_ranks(losses: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, slice]:
-    """Losses and counts of the samples of every rank, filled up with count 0, and where the own ones are."""
-    if not several_ranks():
-        return losses, counts, slice(None)
-    size = torch.tensor(len(losses), device=losses.device)
-    dist.all_reduce(size, op=dist.ReduceOp.MAX)
-    room = int(size)
-    found = []
-    for x in (losses, counts):
-        parts = [x.new_empty(room) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, F.pad(x, (0, room - len(x))))
-        found.append(torch.cat(parts))
-    start = dist.get_rank() * room
-    return found[0], found[1], slice(start, start + len(losses))

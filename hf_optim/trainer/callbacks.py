@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -63,12 +62,11 @@ def _counted_here(parameters: list[torch.nn.Parameter]) -> list[bool]:
     positions = [_position(p) for p in parameters]
     if not sharding.several_ranks():
         return [True] * len(parameters)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, positions)
+    everyone = sharding.of_all_ranks(positions)
     here = []
     for i, position in enumerate(positions):
         holders = [rank for rank, theirs in enumerate(everyone) if theirs[i] == position]
-        here.append(position is not None and holders[i % len(holders)] == dist.get_rank())
+        here.append(position is not None and holders[i % len(holders)] == sharding.rank())
     return here
 
 
@@ -265,8 +263,7 @@ class GradientTails(TrainerCallback):
         table, self._table = self._table, None
         if table is None:
             return
-        if sharding.several_ranks():
-            dist.all_reduce(table)
+        sharding.sum_over_ranks(table)
         if not state.is_world_process_zero:
             return
         rows = table.cpu().numpy()  # the one time this step waits for the device

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.checkpoint import FileSystemReader
+
+from ..core.sharding import of_all_ranks
 
 
 if TYPE_CHECKING:
@@ -102,15 +103,6 @@ def checkpoints_in(folder: Path) -> list[str]:
     """Names of the checkpoint folders by step, the last one first."""
     steps = {path.name: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*/")}
     return sorted(filter(steps.get, steps), key=lambda name: -int(name.partition("-")[2]))
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def agreed(trainer: Trainer, folder: Path) -> str:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive gradient clipping."""
 
-from ..core import Flag, hp, unit_norm
+from ..core import Flag, at_most, hp, unit_norm
 
 
 class AGC(Flag):
@@ -23,9 +23,7 @@ class AGC(Flag):
 
     @staticmethod
     def apply(g, c):
-        limit = c.h.agc_clip * unit_norm(c.p).clamp(min=c.h.agc_eps)
-        norm = unit_norm(g)
-        return g * (limit / norm.where(norm > limit, limit))
+        return at_most(g, unit_norm(g), c.h.agc_clip * unit_norm(c.p).clamp(min=c.h.agc_eps))
 
     @staticmethod
     def options_for(at, h):

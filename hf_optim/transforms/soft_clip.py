@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clipping at the scale of the weights."""
 
-from ..core import Flag, hp, unit_rms
+from ..core import Flag, at_most, hp, unit_rms
 
 
 class SoftClip(Flag):
@@ -24,6 +24,4 @@ class SoftClip(Flag):
 
     @staticmethod
     def apply(g, c):
-        limit = c.h.soft_clip_scale * unit_rms(c.p).clamp(min=c.h.soft_clip_floor)
-        size = unit_rms(g)
-        return g * (limit / size.where(size > limit, limit))
+        return at_most(g, unit_rms(g), c.h.soft_clip_scale * unit_rms(c.p).clamp(min=c.h.soft_clip_floor))

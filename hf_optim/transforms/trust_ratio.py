@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LAMB's trust ratio."""
 
-from ..core import Flag, hp
+from ..core import Flag, hp, rms
 
 
 class TrustRatio(Flag):
@@ -31,7 +31,6 @@ class TrustRatio(Flag):
     def apply(x, c):
         if x.ndim < 2 and not c.h.trust_vectors:
             return x
-        weight = c.p.square().mean().sqrt().clamp(min=c.h.trust_floor)
-        size = x.square().mean().sqrt()
+        weight, size = rms(c.p).clamp(min=c.h.trust_floor), rms(x)
         ratio = (weight / size.where(size > 0, 1.0)).where((weight > 0) & (size > 0), 1.0)
         return x * (ratio if c.h.trust_clip is None else ratio.clamp(max=c.h.trust_clip))
