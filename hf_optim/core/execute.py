@@ -47,10 +47,10 @@ def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backen
     through the loop, with one warning.
     """
     used: list[Any] = []
-    chunks = _chunks(len(call.items)) if _fusable(call, backend) else [(0, len(call.items))]
+    chunks = _chunks(len(call.items)) if fusable(call.spec, call.items[0].weight, backend) else [(0, len(call.items))]
     for start, stop in chunks:
         items, pairs = call.items[start:stop], noise[start:stop]
-        if _fusable(call, backend):
+        if fusable(call.spec, call.items[0].weight, backend):
             try:
                 used += fused(call.spec, items, values, pairs)
                 continue
@@ -161,14 +161,21 @@ def _announce(name: str) -> None:
     logger.warning("compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", name)
 
 
-def _fusable(call: Call, backend: str) -> bool:
-    first = call.items[0].weight
+def resolve(backend: str, numel: int) -> str:
+    """The value of the `backend` option for a step of so many elements: `auto` compiles where it pays."""
+    if backend == "auto":
+        return "fused" if numel >= AUTO_NUMEL else "loop"
+    return backend
+
+
+def fusable(spec: Spec, weight: Tensor, backend: str) -> bool:
+    """Whether a call on tensors like `weight` is compiled."""
     return (
         backend == "fused"
-        and call.spec.rule not in _broken
-        and not sharding.is_sharded(first)  # rules with reductions run on DTensors, eagerly
-        and first.dtype != torch.float64  # scalars travel in fp32
-        and first.numel() > 0
+        and spec.rule not in _broken
+        and not sharding.is_sharded(weight)  # rules with reductions run on DTensors, eagerly
+        and weight.dtype != torch.float64  # scalars travel in fp32
+        and weight.numel() > 0
     )
 
 

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
@@ -197,3 +200,24 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x / dist.get_world_size()
+
+
+@contextmanager
+def imagined(world: int, rank: int) -> Iterator[DeviceMesh]:
+    """A mesh of this rank and others that are not there: a step on the meta device needs no answers from them.
+
+    Raises:
+        `RuntimeError`: inside a real process group, whose place it would take.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a process group is running; estimate memory under FSDP2 in a process without one")
+    dist.init_process_group("fake", rank=rank, world_size=world)
+    try:
+        yield init_device_mesh("cpu", (world,))
+    finally:
+        dist.destroy_process_group()
+
+
+def row_shard(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """This rank's rows of a tensor on the meta device, as FSDP2 deals them out."""
+    return distribute_tensor(x, mesh, [Shard(0) if x.ndim else Replicate()], src_data_rank=None)
