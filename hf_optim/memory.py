@@ -184,7 +184,7 @@ def _temporaries(optimizer: Optimizer, counts: dict[Tensor, int], backend: str, 
                 optimizer.step(loss=loss)
             p.grad = None
             spec, chosen = optimizer.spec(group, p, {}), execute.resolve(backend, p.numel() if release else total)
-            compiled = execute.fusable(spec, p, chosen) and not live.products
+            compiled = execute.fusable(spec, p, chosen) and not live.products and not optimizer.all_sums(group)
             together = execute.CHUNK if counts[p] >= execute.CHUNK and not release else 1
             peak = max(peak, together * _compiled(spec, p, optimizer.state[p]) if compiled else live.peak)
     return peak
@@ -194,7 +194,8 @@ def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     """At most what a compiled step keeps for a parameter.
 
     Inductor fuses an elementwise rule into one pass. Between the passes of any other rule it stores at most one tensor
-    in fp32, and the new values of the small buffers: that was measured (tests/test_memory.py), not derived.
+    in fp32, and the new values of the small buffers: that was measured (tests/test_memory.py), not derived. Products
+    of matrices and whole-model sums stay as they are in the loop.
     """
     if spec.elementwise:
         return 0

@@ -213,7 +213,8 @@ def imagined(world: int, rank: int) -> Iterator[DeviceMesh]:
         raise RuntimeError("a process group is running; estimate memory under FSDP2 in a process without one")
     dist.init_process_group("fake", rank=rank, world_size=world)
     try:
-        yield init_device_mesh("cpu", (world,))
+        # DTensor remembers by mesh what an operation does on this rank: another rank needs a mesh of its own
+        yield init_device_mesh("cpu", (world,), mesh_dim_names=(f"imagined_{rank}",))
     finally:
         dist.destroy_process_group()
 

@@ -131,7 +131,7 @@ def _print(
         console.print(f"left out: {name}: {reason}", soft_wrap=True)
     gathered = ", the whole layers that FSDP2 gathers" if facts["layout"] == "fsdp2" else ""
     console.print(
-        "\n`step` is what the step holds for a moment, of compiled steps an upper bound. Not counted: activations (gone "
-        f"by then, but they must fit too){gathered}, and what driver, libraries and allocator keep for themselves.",
+        "\n`step` is what the step holds for a moment, of compiled steps an upper bound. Not counted: activations "
+        f"(gone by then, but they must fit too){gathered}, and what driver, libraries and allocator keep.",
         soft_wrap=True,
     )
