@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,8 +31,8 @@ PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "ba
 class MemoryEstimate:
     """Bytes on one rank while the optimizer steps.
 
-    Activations are not among them: they depend on the batch and are gone by then, as are the whole layers that FSDP2
-    gathers. Nor are what the driver and its libraries keep for themselves.
+    Activations (and the 16-bit copies of weights that autocast makes) are not among them: they depend on the batch, and
+    are gone by then as are the whole layers that FSDP2 gathers. Nor is what driver, libraries and allocator keep.
 
     Args:
         weights (`int`): parameters, in the dtype they are kept in, and buffers of the model.
@@ -129,11 +128,12 @@ def estimate_memory(
     if release and several:
         raise ValueError(f"{name}: under DDP gradients are averaged after they would be released; use FSDP2")
     with sharding.imagined(world, rank) if layout == "fsdp2" else nullcontext() as mesh:
-        optimizer, counts = _stand_ins(found.cls, model, options, run, mesh)
-        if release:
-            optimizer.release_gradients().remove()  # raises where it cannot be done
-        state = _state(optimizer, counts)
-        temporaries = _temporaries(optimizer, counts, options.get("backend", "auto"), release)
+        for _ in range(2 if layout == "fsdp2" else 1):  # DTensor rehearses what it has not done before
+            optimizer, counts = _stand_ins(found.cls, model, options, run, mesh)
+            if release:
+                optimizer.release_gradients().remove()  # raises where it cannot be done
+            state = _state(optimizer, counts)
+            temporaries = _temporaries(optimizer, counts, options.get("backend", "auto"), release)
     gradients = sum(run.held(p) for p in trained)
     return MemoryEstimate(
         name,
@@ -217,10 +217,9 @@ class _Live(TorchDispatchMode):
             return NotImplemented  # the operations on its shards come next
         out = func(*args, **(kwargs or {}))
         self.products |= func.overloadpacket in PRODUCTS
-        if FakeTensor not in types:  # DTensor's own rehearsals
-            known = {id(storage) for storage in _storages((args, kwargs))}
-            for storage in _storages(out):
-                self._add(storage, known)
+        known = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            self._add(storage, known)
         return out
 
     def _add(self, storage: Any, known: set[int]) -> None:
@@ -238,7 +237,7 @@ class _Live(TorchDispatchMode):
 
 def _storages(tree: Any) -> Iterator[Any]:
     for x in tree_leaves(tree):
-        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+        if isinstance(x, Tensor):
             yield x.untyped_storage()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ..core.options import nearest
 from ..optim_args import split_optim_args
@@ -44,18 +44,18 @@ def from_config(source: str, dtype: str | None = None) -> PreTrainedModel:
     loaded = DTYPES[dtype] if dtype else getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            model = _built(config, loaded)
+            return _built(config, loaded)
     except Exception as error:  # a config can be wrong in any way that its modelling code can stumble over
-        raise ValueError(f"{source}: the model cannot be built from its config: {error}") from error
-    return model
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source}: the model cannot be built from its config: {reason}") from error
 
 
 def _built(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     for cls in filter(None, named):
         return cls._from_config(config, dtype=dtype)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=dtype)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    return auto.from_config(config, dtype=dtype)
 
 
 def with_lora(model: PreTrainedModel, text: str) -> torch.nn.Module:
