@@ -31,8 +31,8 @@ PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "ba
 class MemoryEstimate:
     """Bytes on one rank while the optimizer steps.
 
-    Activations (and the 16-bit copies of weights that autocast makes) are not among them: they depend on the batch, and
-    are gone by then as are the whole layers that FSDP2 gathers. Nor is what driver, libraries and allocator keep.
+    Activations (and the 16-bit copies of weights that autocast makes) are not among them: they depend on the batch and
+    are gone by then, as are the whole layers that FSDP2 gathers. Nor is what driver, libraries and allocator keep.
 
     Args:
         weights (`int`): parameters, in the dtype they are kept in, and buffers of the model.

@@ -43,10 +43,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def lower(x: Tensor, wanted: str) -> Tensor:
-    """fp32 as bf16, for iterations that forgive it: where asked for, or on a GPU with `auto`. fp64 stays.
-
-    The meta device stands for a GPU: [`estimate_memory`] steps on it.
-    """
+    """fp32 as bf16, for iterations that forgive it: where asked for, or with `auto` on a GPU (or for one, on meta)."""
     if x.dtype == torch.float32 and (wanted == "bfloat16" or (wanted == "auto" and x.device.type in ("cuda", "meta"))):
         return x.bfloat16()
     return x

@@ -204,12 +204,8 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 @contextmanager
 def imagined(world: int, rank: int) -> Iterator[DeviceMesh]:
-    """A mesh of this rank and others that are not there: a step on the meta device needs no answers from them.
-
-    Raises:
-        `RuntimeError`: inside a real process group, whose place it would take.
-    """
-    if dist.is_initialized():
+    """A mesh of this rank and others that are not there: a step on the meta device needs no answers from them."""
+    if dist.is_initialized():  # it would take its place
         raise RuntimeError("a process group is running; estimate memory under FSDP2 in a process without one")
     dist.init_process_group("fake", rank=rank, world_size=world)
     try:
