@@ -21,6 +21,8 @@ from .registry import OptimInfo, create, info, list_optimizers
 
 
 if TYPE_CHECKING:
+    from .memory import MemoryEstimate as MemoryEstimate
+    from .memory import estimate_memory as estimate_memory
     from .trainer.callbacks import GradientTails as GradientTails
     from .trainer.loss import LossAwareMixin as LossAwareMixin
     from .trainer.loss import LossAwareTrainer as LossAwareTrainer
@@ -68,6 +70,10 @@ def __getattr__(name: str) -> Any:
         from .trainer import loss
 
         return getattr(loss, name)
+    if name in ("MemoryEstimate", "estimate_memory"):
+        from . import memory
+
+        return getattr(memory, name)
     if name == "GradientTails":
         from .trainer.callbacks import GradientTails
 

@@ -19,7 +19,7 @@ from .core import Optimizer, Option, Place
 from .core.flags import Flag, chosen
 from .core.options import nearest
 from .core.pipeline import View
-from .core.precision import state_dtype
+from .core.precision import slot_dtype
 from .optim.adafactor import Adafactor
 from .optim.adalo import AdaLo
 from .optim.adamomentum import AdaMomentum
@@ -154,8 +154,7 @@ def state_bytes(cls: type[Optimizer], shape: tuple[int, ...], options: Mapping[s
     p, h = torch.empty(shape, device="meta"), View(dict(options))
     total = 0
     for slot in cls.slots(p, h).values():
-        dtype = slot.dtype or state_dtype(p, options["state_dtype"] if slot.narrow else "float32")
-        total += torch.Size(slot.shape).numel() * dtype.itemsize
+        total += torch.Size(slot.shape).numel() * slot_dtype(p, slot, options["state_dtype"]).itemsize
     return total
 
 

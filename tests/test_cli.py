@@ -25,7 +25,7 @@ def printed(*words):
     return result.output
 
 
-@pytest.mark.parametrize("command", [(), ("list",), ("show",), ("env",)])
+@pytest.mark.parametrize("command", [(), ("list",), ("show",), ("check",), ("memory",), ("env",)])
 def test_help_renders(command):
     assert "Usage" in printed(*command, "--help")
 
@@ -62,6 +62,7 @@ def test_env_names_versions():
         (("list", "zz*"), "no optimizer matches 'zz*'"),
         (("show",), "Missing argument"),
         (("frobnicate",), "No such command"),
+        (("memory", "/nowhere", "--optim", "sm3"), "no config of transformers at '/nowhere'"),
         (("run", "/nowhere/train.py"), "no such script: /nowhere/train.py"),
         (("run",), "hf-optim run SCRIPT"),
     ],

@@ -11,6 +11,7 @@ import typer
 from .commands.check import check
 from .commands.env import env
 from .commands.list import list_
+from .commands.memory import memory
 from .commands.run import run
 from .commands.show import show
 from .commands.tails import tails
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("list")(list_)
 app.command("show")(show)
 app.command("check")(check)
+app.command("memory")(memory)
 app.command("env")(env)
 app.command("tails")(tails)
 app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(

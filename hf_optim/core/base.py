@@ -394,8 +394,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}: {reason}")
         state: dict[str, Any] = {"step": 0}
         for name, slot in self.slots(p, self._group_view(group)).items():
-            dtype = slot.dtype or precision.state_dtype(p, group["state_dtype"] if slot.narrow else "float32")
-            state[name] = sharding.zeros(p, slot, dtype)
+            state[name] = sharding.zeros(p, slot, precision.slot_dtype(p, slot, group["state_dtype"]))
         return state
 
     def _warn_precision(self, p: Tensor, wanted: str) -> None:
@@ -488,9 +487,7 @@ class Optimizer(torch.optim.Optimizer):
         used: list[Any] = []
         for call, value in zip(calls, values):
             t = call.t + 1
-            backend = call.group["backend"]
-            if backend == "auto":
-                backend = "fused" if numel >= execute.AUTO_NUMEL else "loop"
+            backend = execute.resolve(call.group["backend"], numel)
             sizes = execute.run(call, value, execute.salts(call, call.group["seed"], t), backend)
             used += [(size, item.p.numel()) for size, item in zip(sizes, call.items)]
             for item in call.items:

@@ -38,7 +38,7 @@ def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backen
     A compiler that fails does so before anything is written: all steps of that optimizer go through the loop then,
     with one warning.
     """
-    if _fusable(call, backend):
+    if call.items[0].dense and fusable(call.spec, call.items[0].weight, backend):
         try:
             call.chunks = call.chunks or chunks(call)
         except Exception as error:  # whatever goes wrong in tracing and compiling: the loop is always right
@@ -148,14 +148,21 @@ def _announce(name: str) -> None:
     logger.warning("compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", name)
 
 
-def _fusable(call: Call, backend: str) -> bool:
-    first = call.items[0].weight
+def resolve(backend: str, numel: int) -> str:
+    """The value of the `backend` option for a step of so many elements: `auto` compiles where it pays."""
+    if backend == "auto":
+        return "fused" if numel >= AUTO_NUMEL else "loop"
+    return backend
+
+
+def fusable(spec: Spec, weight: Tensor, backend: str) -> bool:
+    """Whether a call on tensors like `weight` is compiled."""
     return (
         backend == "fused"
-        and call.spec.rule not in _broken
-        and not sharding.is_sharded(first)  # rules with reductions run on DTensors, eagerly
-        and first.dtype != torch.float64  # scalars travel in fp32
-        and call.items[0].dense
+        and spec.rule not in _broken
+        and not sharding.is_sharded(weight)  # rules with reductions run on DTensors, eagerly
+        and weight.dtype != torch.float64  # scalars travel in fp32
+        and weight.numel() > 0
     )
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ _MASK32 = 0xFFFFFFFF
 def state_dtype(p: Tensor, wanted: str) -> torch.dtype:
     """The dtype of a state buffer of `p`: what `wanted` names, but float64 for float64 weights."""
     return torch.float64 if p.dtype == torch.float64 else STATE_DTYPES[wanted]
+
+
+def slot_dtype(p: Tensor, slot: Any, wanted: str) -> torch.dtype:
+    """What a [`Slot`] of `p` is stored in: its own dtype, else that of `state_dtype`, which is `wanted`, or fp32."""
+    return slot.dtype or state_dtype(p, wanted if slot.narrow else "float32")
 
 
 def widen(x: Tensor) -> Tensor:
@@ -36,8 +43,8 @@ def exact(x: Tensor) -> Tensor:
 
 
 def lower(x: Tensor, wanted: str) -> Tensor:
-    """fp32 as bf16, for iterations that forgive it: where asked for, or on a GPU with `auto`. fp64 stays."""
-    if x.dtype == torch.float32 and (wanted == "bfloat16" or (wanted == "auto" and x.is_cuda)):
+    """fp32 as bf16, for iterations that forgive it: where asked for, or with `auto` on a GPU (or for one, on meta)."""
+    if x.dtype == torch.float32 and (wanted == "bfloat16" or (wanted == "auto" and x.device.type in ("cuda", "meta"))):
         return x.bfloat16()
     return x
 
