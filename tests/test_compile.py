@@ -248,7 +248,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
 def test_blocks_of_the_loop_change_nothing(name, monkeypatch):
     def run(block, **options):
         monkeypatch.setattr(execute, "BLOCK", block)
-        optimizer, params = build(name, [(9, 7), (13,), ()], backend="loop", **options)
+        optimizer, params = build(name, [(9, 7), (16, 12), (13,), ()], backend="loop", **options)
         advance(optimizer, params, 3)
         return everything(optimizer)
 

@@ -65,9 +65,10 @@ def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, T
     if not item.flat or n <= BLOCK or item.weight.device.type != "cpu":
         yield item.weight, g, item.bufs, 0
         return
+    weight, g, bufs = item.weight.view(-1), g.view(-1), {name: b.view(-1) for name, b in item.bufs.items()}
     for start in range(0, n, BLOCK):
         cut = slice(start, start + BLOCK)
-        yield item.weight[cut], g[cut], {name: b[cut] for name, b in item.bufs.items()}, start
+        yield weight[cut], g[cut], {name: b[cut] for name, b in bufs.items()}, start
 
 
 def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
