@@ -1,14 +1,15 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of other implementations, rewritten for ours."""
+"""Checkpoints of other implementations, and of our own earlier versions, rewritten for today's."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .core import two_largest
+from .core import pack_signs, two_largest
 
 
 def from_transformers_adafactor(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -62,3 +63,17 @@ def _step_size(old: dict[str, Any], group: dict[str, Any]) -> float:
     if group["relative_step"]:
         size = min(1e-6 * old["step"] if group["warmup_init"] else 1e-2, old["step"] ** -0.5)
     return size * (max(group["eps"][1], float(old["RMS"])) if group["scale_parameter"] else 1.0)
+
+
+def from_interleaved_signs(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """SMMF's bits as its first version packed them (eight neighbours to a byte, `sign`) in the order of `signs`."""
+    return {**state_dict, "state": {key: _signs(of_one) for key, of_one in state_dict["state"].items()}}
+
+
+def _signs(old: dict[str, Any]) -> dict[str, Any]:
+    if "sign" not in old:
+        return old
+    places = 2 ** torch.arange(8, dtype=torch.uint8)
+    bits = old["sign"].cpu().unsqueeze(-1).bitwise_and(places) > 0
+    kept = {key: value for key, value in old.items() if key != "sign"}
+    return kept | {"signs": pack_signs(bits.flatten(1)[:, : len(old["col_m"])].float())}

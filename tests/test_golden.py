@@ -68,7 +68,8 @@ def test_golden_checkpoint_loads_and_goes_on(name, variant):
     optimizer = hf_optim.create(name, params, **options(name))
     optimizer.load_state_dict(kept["checkpoint"])
     loaded = optimizer.state_dict()
-    assert frozen(loaded["state"]) == frozen(kept["checkpoint"]["state"])
+    converted = optimizer.convert_state_dict(kept["checkpoint"])  # buffers may have been renamed since
+    assert frozen(loaded["state"]) == frozen(converted["state"])
     for group, saved in zip(loaded["param_groups"], kept["checkpoint"]["param_groups"]):
         assert frozen({key: group[key] for key in saved}) == frozen(saved)  # options may have been added since
     with torch.no_grad():

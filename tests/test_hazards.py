@@ -531,7 +531,7 @@ def test_smmf_of_a_prime_number_of_weights():
     optimizer = hf_optim.SMMF([p], matricize="square")
     for _ in range(3):
         moved = one_step(optimizer, torch.randn(1031))
-    assert optimizer.state[p]["sign"].shape == (1031, 1)  # hardly smaller than Adam: (1031, 1) is all there is
+    assert optimizer.state[p]["signs"].shape == (1031, 1)  # hardly smaller than Adam: (1031, 1) is all there is
     assert moved.isfinite().all() and moved.any()
 
 

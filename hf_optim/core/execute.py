@@ -126,8 +126,7 @@ def programs(spec: Spec, kind: Any, count: int, large: bool) -> codegen.Programs
         return [torch.stack(used)] if spec.rule.returns_lr else []
 
     _announce(spec.rule.__name__)
-    owners = [i for i in range(count) for _ in range(1 + len(names))] + [*range(count), -1, -1]
-    return codegen.Programs(step, owners, large)
+    return codegen.Programs(step, large)
 
 
 def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

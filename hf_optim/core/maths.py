@@ -82,18 +82,22 @@ def square_shape(numel: int) -> tuple[int, int]:
 
 
 def pack_signs(x: Tensor) -> Tensor:
-    """Bits `x > 0` of an (m, n) matrix, eight to a byte: (m, ceil(n / 8)) uint8, rows byte-aligned, low bit first."""
+    """Bits `x > 0` of an (m, n) matrix as (m, w = ceil(n / 8)) uint8: bit k of byte j is that of column k w + j.
+
+    A row is eight runs of w columns: a CPU packs and unpacks runs in vectors, which it cannot do with neighbours.
+    """
     m, n = x.shape
-    bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -n % 8)).view(m, -(-n // 8), 8)
-    return (bits * _places(x)).sum(-1, dtype=torch.uint8)
+    w = -(-n // 8)
+    runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
+    bits = (runs > 0).to(x.dtype)
+    total = bits[:, 0]
+    for k in range(1, 8):
+        total = total + bits[:, k] * 2**k
+    return total.to(torch.uint8)
 
 
 def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:
-    """+1 and -1 (for a bit that is 0) as an (m, n) matrix in the dtype of `ref`."""
-    bits = packed.unsqueeze(-1).bitwise_and(_places(packed)) > 0
-    return back(bits.flatten(-2)[..., :n], ref) * 2 - 1
-
-
-def _places(ref: Tensor) -> Tensor:
-    """1, 2, 4, ... 128. (DTensor shifts by a tensor of another shape to a wrong shape, in torch 2.13.)"""
-    return beside(1 << torch.arange(8, dtype=torch.uint8, device=ref.device), ref)
+    """+1, or -1 for a bit that is 0, as an (m, n) matrix in the dtype of `ref`."""
+    places = beside(2 ** torch.arange(8, dtype=torch.int32, device=ref.device).view(8, 1), ref)
+    signs = torch.where(packed.int().unsqueeze(1).bitwise_and(places) > 0, 1.0, -1.0).flatten(1)
+    return back(signs if n % 8 == 0 else signs[:, :n], ref)

@@ -4,6 +4,7 @@
 
 import torch
 
+from ..convert import from_interleaved_signs
 from ..core import Optimizer, Slot, hp, pack_signs, square_shape, unpack_signs
 
 
@@ -36,7 +37,7 @@ class SMMF(Optimizer):
         slots = {"row_v": Slot((m,), (row,)), "col_v": Slot((n,), (None,))}
         if h.beta1 is not None:
             slots |= {"row_m": Slot((m,), (row,)), "col_m": Slot((n,), (None,))}
-            slots["sign"] = Slot((m, -(-n // 8)), (row, None), dtype=torch.uint8)
+            slots["signs"] = Slot((m, -(-n // 8)), (row, None), dtype=torch.uint8)
         return slots
 
     @staticmethod
@@ -51,15 +52,17 @@ class SMMF(Optimizer):
         m = gm
         if h.beta1 is not None:
             size = s.row_m.unsqueeze(1) * s.col_m
-            m = (size * unpack_signs(s.sign, gm.shape[1], size)).lerp(gm, h.new1)
+            m = (size * unpack_signs(s.signs, gm.shape[1], size)).lerp(gm, h.new1)
             s.row_m, s.col_m = factors(m.abs())
-            s.sign = pack_signs(m)
+            s.signs = pack_signs(m)
         return h.ratio(m, v.sqrt()).reshape(g.shape)
 
     @staticmethod
     def refuses(h):
         idle = {} if h.beta1 else {name: "it needs `beta1`" for name in ("cautious", "growth")}
         return idle | {"softplus_bias": "no bias is corrected"}
+
+    convert_state_dict = staticmethod(from_interleaved_signs)
 
     @staticmethod
     def needs_whole(h):
