@@ -251,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):
     _loss: Tensor | None = None
     keeps_loss: bool = False  # until the next report: DeepSpeed makes one step of each group
     _release: Release | None = None
-    _used: tuple[Any, ...] | list[Any] = ()  # (step size, number of elements) of every tensor of the last step
+    _used: tuple[Any, ...] | list[Any] = ()  # (step sizes, items) of every call of the last step
 
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
         given = options if lr is None else {"lr": lr, **options}
@@ -355,11 +355,14 @@ class Optimizer(torch.optim.Optimizer):
         if not self.state and self._is_template_step():
             self._materialize()
             return
-        self._materialize()
+        if self._plan is not None and not self._plan.current(self):
+            self._plan = None
+        if self._plan is None:
+            self._materialize()
         scalars = self._begin()
-        if self._plan is None or not self._plan.current(self):
+        if self._plan is None:
             self._plan = plan.Plan(self, scalars)
-        self._run(self._plan.calls, scalars)
+        self._run(self._plan.calls, scalars, self._plan.numel)
 
     def _is_template_step(self) -> bool:
         """torch.distributed.checkpoint makes state by a step with every lr 0 and every gradient zero."""
@@ -474,22 +477,21 @@ class Optimizer(torch.optim.Optimizer):
         self._loss = self._loss if self.keeps_loss else None
         return made
 
-    def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:
+    def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]], numel: int) -> None:
         kind = self._device().type
         plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with plain:  # a step inside an autocast block is the step outside
-            self._run_exactly(calls, scalars)
+            self._run_exactly(calls, scalars, numel)
 
-    def _run_exactly(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]]) -> None:
+    def _run_exactly(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]], numel: int) -> None:
         values = [self._values(call, scalars) for call in calls]
         self._measure(calls, values)
-        numel = sum(item.weight.numel() for call in calls for item in call.items)
         used: list[Any] = []
         for call, value in zip(calls, values):
             t = call.t + 1
             backend = execute.resolve(call.group["backend"], numel)
             sizes = execute.run(call, value, execute.salts(call, call.group["seed"], t), backend)
-            used += [(size, item.p.numel()) for size, item in zip(sizes, call.items)]
+            used.append((sizes, call.items))
             for item in call.items:
                 item.state["step"] = t
         self._used = used
@@ -529,11 +531,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not self._used:
             return None
-        total = sum(n for _, n in self._used)
-        return (
-            sum(float(sharding.whole(size) if isinstance(size, Tensor) else size) * n for size, n in self._used)
-            / total
-        )
+        each = [(size, item.p.numel()) for sizes, items in self._used for size, item in zip(sizes, items)]
+        total = sum(float(sharding.whole(size) if isinstance(size, Tensor) else size) * n for size, n in each)
+        return total / sum(n for _, n in each)
 
     # ---- gradient release ------------------------------------------------------------------------------------------
     def release_gradients(self) -> Release:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._inductor
@@ -39,7 +39,8 @@ OPTIONS = {
     "realize_opcount_threshold": 1 << 20,
     "realize_acc_reads_threshold": 1 << 20,
 }
-VIEWS = {"unsqueeze", "view", "expand", "permute", "t", "transpose", "slice", "select", "squeeze", "_unsafe_view"}
+VIEWS = {"unsqueeze", "squeeze", "view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"}
+VIEWS |= {"unbind", "getitem", "alias", "detach"}
 
 Traced = Callable[..., list[Tensor]]
 
@@ -63,6 +64,7 @@ class Programs:
     function: Traced
     large: bool
     compiled: list[Program] = field(default_factory=list)
+    built: ClassVar[int] = 0  # in this process, of all functions: what a benchmark reports
 
     def serving(self, args: list[Tensor]) -> Program:
         """The program for tensors of these sizes; compiled now if there is none."""
@@ -73,6 +75,7 @@ class Programs:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
         fixed = len(self.compiled) < WIDTHS
         self.compiled.append(build(self.function, args, self.large, fixed))
+        Programs.built += 1
         return self.compiled[-1]
 
 
@@ -105,7 +108,7 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-# ---- reductions over rows, on a CPU ----------------------------------------------------------------------------------
+# ---- reductions over rows, on a CPU --------------------------------------------------------------------------------
 
 
 def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -134,7 +137,7 @@ BLOCKED = {
 }
 
 
-# ---- small values ----------------------------------------------------------------------------------------------------
+# ---- small values --------------------------------------------------------------------------------------------------
 
 
 def _store_small(graph: Graph) -> None:
@@ -143,7 +146,9 @@ def _store_small(graph: Graph) -> None:
     Inductor stores outputs; anything else elementwise it computes again for every entry of the weight.
     """
     output = next(iter(reversed(graph.nodes)))
-    passed = [node for node in graph.nodes if _is_made(node) and any(_numel(x) > 8 * _numel(node) for x in _readers(node))]
+    passed = [
+        node for node in graph.nodes if _is_made(node) and any(_numel(x) > 8 * _numel(node) for x in _readers(node))
+    ]
     output.args = (tuple([*output.args[0], *passed]),)
 
 

@@ -34,26 +34,26 @@ class Item:
     bufs: dict[str, Tensor]
     pointer: int
     kept: list[tuple[str, Tensor]]  # the buffers in the state that `bufs` alias
+    sharded: bool
     dense: bool  # weight, gradient and buffers are contiguous, which compiled code relies on
 
     def gradient(self, elementwise: bool) -> Tensor:
         g = self.p.grad
         assert g is not None
-        g = sharding.local(g) if elementwise else g
+        g = sharding.local(g) if elementwise and self.sharded else g
         return g.view(self.weight.shape) if self.flat else g
 
     def current(self) -> bool:
         """Whether storage, state and gradient layout are still those the aliases were made from."""
-        g, state = self.p.grad, self.state
+        g, p, state = self.p.grad, self.p, self.state
+        if g is None or g.layout != torch.strided:
+            return False
         for name, buffer in self.kept:  # offloading replaces them without telling
             if state[name] is not buffer:
                 return False
-        return (
-            g is not None
-            and g.layout == torch.strided
-            and sharding.local(self.p.detach()).data_ptr() == self.pointer
-            and (not self.dense or sharding.local(g).is_contiguous())
-        )
+        if self.sharded:
+            g, p = sharding.local(g), sharding.local(p.detach())
+        return p.data_ptr() == self.pointer and (not self.dense or g.is_contiguous())
 
 
 @dataclass
@@ -94,20 +94,24 @@ class Plan:
     def __init__(self, optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> None:
         self.signature = signature(optimizer)
         self.calls = _gather(optimizer, scalars)
+        self.items = [item for call in self.calls for item in call.items]
+        self.numel = sum(item.weight.numel() for item in self.items)
 
     def current(self, optimizer: Optimizer) -> bool:
+        state = optimizer.state
         return self.signature == signature(optimizer) and all(
-            item.current() for call in self.calls for item in call.items
+            item.current() and state[item.p] is item.state for item in self.items
         )
 
 
 def signature(optimizer: Optimizer) -> list[Any]:
-    """The static options of every group, and which of its parameters (by identity) have a gradient now."""
+    """The static options of every group, and its parameters (by identity): which train, which have a gradient now."""
     seen: list[Any] = []
+    static = optimizer.static_options()
     for group in optimizer.param_groups:
-        seen.append([v for k, v in group.items() if k in optimizer.static_options()])
-        seen.append([id(p) for p in group["params"] if p.grad is not None])
-        seen.append([id(optimizer.state[p]) for p in group["params"] if p.grad is not None])
+        params = group["params"]
+        seen.append([v for k, v in group.items() if k in static])
+        seen += [list(map(id, params)), [p.requires_grad for p in params], [p.grad is None for p in params]]
     return seen
 
 
@@ -156,4 +160,4 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if flat:
         weight, bufs = flatten(weight), {name: flatten(b) for name, b in bufs.items()}
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
-    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept, dense)
+    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept, sharding.is_sharded(p), dense)

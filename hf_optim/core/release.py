@@ -76,7 +76,7 @@ class Release:
         spec = self.optimizer.spec(group, p, self.scalars[position])
         item = make_item(spec, p, self.optimizer.state[p], index)
         call = Call(position, group, spec, kind(spec, item), [item])
-        self.optimizer._run([call], self.scalars)
+        self.optimizer._run([call], self.scalars, item.weight.numel())
         self.used += self.optimizer._used
 
     def finish(self) -> None:
