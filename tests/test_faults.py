@@ -153,15 +153,15 @@ def factored_along_the_first_two_axes(patch):
 
 @caught_by(oracle_tests.test_200_steps_in_float32, "adafactor_corrected")
 def factored_mean_over_all_axes(patch):
-    def factored(row, col, axis):
-        return row.rsqrt() * row.mean().sqrt(), col.rsqrt()
+    def factored(row, col, a, b):
+        return row.rsqrt() * col.mean().sqrt(), col.rsqrt()
 
     patch.setattr(adafactor, "factored_rsqrt", factored)
 
 
 @caught_by(oracle_tests.test_200_steps_in_float32, "adafactor_corrected")
 def factored_product_not_divided_by_its_mean(patch):
-    patch.setattr(adafactor, "factored_rsqrt", lambda row, col, axis: (row.rsqrt(), col.rsqrt()))
+    patch.setattr(adafactor, "factored_rsqrt", lambda row, col, a, b: (row.rsqrt(), col.rsqrt()))
 
 
 @caught_by(hazards.test_adafactor_update_is_clipped)

@@ -384,6 +384,9 @@ def test_all_ranks_step_by_the_mean_of_their_losses(which, world):
 # ---- cost ----------------------------------------------------------------------------------------------------------
 
 
+FACTORED = ("adafactor_corrected", "sm3", "amos", "smmf")
+
+
 def collectives(name):
     mesh = init_device_mesh("cpu", (2,))
     counts = {}
@@ -399,6 +402,8 @@ def collectives(name):
     info, plain = hf_optim.info(name), max(counts[2, "plain"], counts[1, "plain"])
     if info.cls.elementwise and all(t.elementwise for t in info.techniques):
         assert plain == (1 if name == "stable_decay_adamw" else 0), counts  # one sum for the whole model
+    if name in FACTORED:
+        assert plain <= 2, counts
     iterations = 12 if name == "spectral_adamw" else 0  # two matrices, two power iterations, three reductions
     assert plain <= max(6, iterations) and max(counts.values()) <= 12 + iterations, counts
 

@@ -13,6 +13,7 @@ from .maths import (
     pack_signs,
     rms,
     square_shape,
+    summed,
     two_largest,
     unit_norm,
     unit_rms,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .precision import back, exact
 from .sharding import amax as amax  # a formula, too, to those who import from here
-from .sharding import beside
+from .sharding import beside, settle
 
 
 def rms(x: Tensor) -> Tensor:
@@ -44,14 +44,21 @@ def agrees(a: Tensor, b: Tensor) -> Tensor:
     return a.sign() * b.sign()
 
 
-def factored_rsqrt(row: Tensor, col: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The two factors R, C with `R_i C_j = 1 / sqrt(row_i col_j / mean(row))`, the mean over `axis` of `row`.
+def factored_rsqrt(row: Tensor, col: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
+    """The two factors R, C with `R_i C_j = 1 / sqrt(row_i col_j / mean)`, for statistics without axis b and axis a.
 
-    Formed in float64 and rounded once: no ratio of tiny numbers is taken, so a dead row crossed with a dead column
-    stays finite, and two fp32 multiplications are all that a matrix entry sees.
+    Both have the same mean; that of `col` is taken, which every rank knows where rows are sharded. Formed in float64
+    and rounded once: no ratio of tiny numbers is taken, so a dead row crossed with a dead column stays finite, and two
+    fp32 multiplications are all that a matrix entry sees.
     """
     row64, col64 = exact(row), exact(col)
-    return back(row64.rsqrt() * row64.mean(axis, keepdim=True).sqrt(), row), back(col64.rsqrt(), col)
+    mean = col64.mean(b - 1).unsqueeze(a)
+    return back(row64.rsqrt() * mean.sqrt(), row), back(col64.rsqrt(), col)
+
+
+def summed(x: Tensor, axis: int) -> Tensor:
+    """The sum over an axis, added up over ranks at once: left pending, every use of it would do so."""
+    return settle(x.sum(axis))
 
 
 def along(vector: Tensor, axis: int, ndim: int) -> Tensor:

@@ -64,7 +64,7 @@ class Adafactor(Optimizer):
             a, b = two_largest(g.shape)
             s.row = s.row.lerp(g2.mean(b), h.fresh)
             s.col = s.col.lerp(g2.mean(a), h.fresh)
-            row, col = factored_rsqrt(s.row, s.col, a)
+            row, col = factored_rsqrt(s.row, s.col, a, b)
             u = g * row.unsqueeze(b) * col.unsqueeze(a)
         u = u / (rms(u) / h.clip_threshold).clamp(min=1.0)
         if h.beta1 is not None:

@@ -5,7 +5,7 @@
 import torch
 
 from ..convert import from_interleaved_signs
-from ..core import Optimizer, Slot, hp, pack_signs, square_shape, unpack_signs
+from ..core import Optimizer, Slot, hp, pack_signs, square_shape, summed, unpack_signs
 
 
 class SMMF(Optimizer):
@@ -78,6 +78,6 @@ def matrix(shape, h):
 
 def factors(x):
     """Row sums, and column sums over the total: their outer product has the row and column sums of x."""
-    col = x.sum(0)
+    col = summed(x, 0)
     total = col.sum()
     return x.sum(1), col / total.where(total > 0, 1.0)
