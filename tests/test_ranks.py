@@ -1,0 +1,215 @@
+# Copyright 2026 The hf_optim team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks stay copies of each other, and together are what one process is: DDP, and Trainer under DDP and FSDP2."""
+
+import hashlib
+import os
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from engine import BF16, everything, frozen, moments
+from ranks import as_launched, launch, shard_on_cpu
+from test_resume import result
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_optim
+from hf_optim.core import sharding
+from hf_optim.trainer.loss import innermost
+
+
+NAMES = hf_optim.list_optimizers()
+# one name for each way to a step: by the loss, factored, matrices, sums over the model, element-wise
+SAMPLE = ("adalo", "adafactor_corrected", "muon", "stable_decay_adamw", "adamw")
+STOCHASTIC = {"precision": "stochastic", "state_dtype": "bfloat16"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    hf_optim.register()
+
+
+def decay(name):
+    """Weight decay, where no bound takes its place."""
+    return {} if hf_optim.info(name).preset.get("decay") == "cpr" else {"weight_decay": 0.1}
+
+
+# ---- DDP -----------------------------------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    """An embedding, matrices, a convolution, vectors and a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 6)
+        self.convolution = torch.nn.Conv1d(6, 5, 2)
+        self.norm = torch.nn.LayerNorm(5)
+        self.hidden = torch.nn.Linear(5, 7)
+        self.output = torch.nn.Linear(7, 3)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, ids):
+        x = self.convolution(self.embedding(ids).transpose(1, 2)).mean(2)
+        return self.scale * self.output(self.hidden(self.norm(x)).tanh())
+
+
+def train_replicas(name, options, dtype, steps):
+    """(optimizer, losses of this rank) after steps on data of its own."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Net().to(dtype))
+    optimizer = hf_optim.create(name, model.module, **decay(name), **options)
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(0, 11, (4, 5), generator=draw)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(ids).float(), ids[:, 0] % 3)
+        loss.backward()
+        optimizer.step(loss=loss if optimizer.needs_loss else None)
+        losses.append(loss.item())
+    return optimizer, losses
+
+
+def fingerprints(optimizer):
+    """One digest of all weights, state and groups for each rank."""
+    mine = hashlib.sha256(repr(everything(optimizer)).encode()).hexdigest()
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return set(found)
+
+
+def replicas_stay_equal(names, steps):
+    everyone = [None] * dist.get_world_size()
+    for name in names:
+        for options, dtype in (({}, torch.float32), ({**STOCHASTIC, **moments(name)}, BF16)):
+            optimizer, losses = train_replicas(name, options, dtype, steps)
+            dist.all_gather_object(everyone, losses)
+            assert all(a not in everyone[:i] for i, a in enumerate(everyone)), "ranks saw the same data"
+            assert len(fingerprints(optimizer)) == 1, f"{name} {options}: replicas drifted apart"
+            assert [s["step"] for s in optimizer.state.values()] == [steps] * 10
+
+
+WORLDS = [pytest.param(2, SAMPLE[:3], 40), *(pytest.param(w, NAMES, 100, marks=pytest.mark.slow) for w in (2, 3))]
+
+
+@pytest.mark.parametrize("world, names, steps", WORLDS, ids=["sample", "2", "3"])
+def test_replicas_stay_equal_bit_for_bit(world, names, steps):
+    launch(world, replicas_stay_equal, names, steps)
+
+
+def replicas_would_drift():
+    for name, fault in (("adamw", "seed"), ("adalo", "loss")):
+        options = {**STOCHASTIC, "seed": dist.get_rank()} if fault == "seed" else {"mode": "compliant"}
+        if fault == "loss":
+            sharding.mean_over_ranks = lambda x: x
+        optimizer, _ = train_replicas(name, options, BF16 if fault == "seed" else torch.float32, steps=20)
+        for group in optimizer.param_groups:
+            group["seed"] = 0  # not what is compared
+        assert len(fingerprints(optimizer)) == dist.get_world_size(), fault
+
+
+def test_replicas_that_part_are_seen():
+    """What the test above is here to catch: noise of each rank's own, a loss that is not averaged."""
+    launch(2, replicas_would_drift)
+
+
+# ---- Trainer: as many processes as there were accumulated batches --------------------------------------------------
+
+
+def trained(name, ranks, bf16=False, net=None, **options):
+    """Eight steps of two micro-batches, accumulated by one process or one for each of two ranks, in the same order.
+
+    Sequences have different numbers of labels, so that the losses of the ranks count differently."""
+    net = net or (tiny.model().bfloat16() if bf16 else tiny.model())
+    options |= {"optim_args": "precision=stochastic"} if bf16 else {}
+    options |= {"ddp_backend": "gloo"} if ranks > 1 else {}
+    run = tiny.trainer(
+        net=net, rows=tiny.data(padded=True), optim=name, max_steps=8, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2 // ranks, **decay(name), **options,
+    )  # fmt: skip
+    seen, mean = [], sharding.mean_over_ranks
+
+    def mean_over_ranks(loss):
+        seen.append(mean(loss))
+        return seen[-1]
+
+    sharding.mean_over_ranks = mean_over_ranks
+    run.train()
+    sharding.mean_over_ranks = mean
+    assert len(seen) == (8 if hf_optim.info(name).needs_loss else 0)
+    return run, seen
+
+
+def trace(run, seen):
+    return {**result(run), "losses seen": frozen(seen)}
+
+
+def equal_one_process(expected, bf16):
+    as_launched()
+    for name, wanted in expected.items():
+        run, seen = trained(name, ranks=2, bf16=bf16)
+        found = trace(run, seen)
+        assert run.args.world_size == 2 and run.model_wrapped is not run.model
+        if dist.get_rank():  # only the first rank logs
+            found["logs"] = wanted["logs"]
+        different = [key for key in wanted if found[key] != wanted[key]]
+        assert not different and len(wanted["logs"]) == 8, f"{name}: {different}"
+
+
+KINDS = [pytest.param(SAMPLE[:3], False), *(pytest.param(NAMES, b, marks=pytest.mark.slow) for b in (False, True))]
+
+
+@pytest.mark.parametrize("names, bf16", KINDS, ids=["sample", "fp32", "bf16"])
+def test_two_processes_equal_two_accumulated_batches_bit_for_bit(names, bf16):
+    launch(2, equal_one_process, {name: trace(*trained(name, ranks=1, bf16=bf16)) for name in names}, bf16)
+
+
+# ---- Trainer: FSDP2 ------------------------------------------------------------------------------------------------
+
+
+def odd_model():
+    """Tied embeddings, a frozen matrix among trained ones, a parameter that no gradient reaches."""
+    net = tiny.model()
+    assert net.lm_head.weight is net.transformer.wte.weight
+    net.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+    net.transformer.h[1].spare = torch.nn.Parameter(torch.ones(5, 3))
+    return net
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def values(run):
+    """Every weight and state tensor by name, whole; on every rank."""
+    found, state = {}, innermost(run.optimizer).state
+    for name, p in run.model.named_parameters():
+        for key, value in {"weight": p.detach(), **state.get(p, {})}.items():
+            found[f"{name} {key}"] = full(value)
+    return found
+
+
+def sharded_equal_one_process(expected):
+    as_launched(), shard_on_cpu()
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+    start = odd_model().state_dict()
+    for name, wanted in expected.items():
+        run, _ = trained(name, ranks=2, net=odd_model(), fsdp=True, fsdp_config=layers)
+        assert all(isinstance(p, DTensor) for p in run.model.parameters())
+        far = differences(wanted, values(run))
+        print(name, sorted(far.items(), key=lambda x: -x[1])[:3])
+
+
+def differences(wanted, found):
+    assert wanted.keys() == found.keys()
+    tensors = [k for k, v in wanted.items() if isinstance(v, torch.Tensor) and v.numel()]
+    far = lambda a, b: ((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)).item()
+    return {k: far(wanted[k], found[k]) for k in tensors}
+
+
+@pytest.mark.parametrize("names", [SAMPLE[:3], pytest.param(NAMES, marks=pytest.mark.slow)], ids=["sample", "all"])
+def test_fsdp2_of_trainer_equals_one_process(names):
+    launch(2, sharded_equal_one_process, {n: values(trained(n, ranks=1, net=odd_model())[0]) for n in names})
