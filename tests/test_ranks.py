@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks stay copies of each other, and together are what one process is: DDP, and Trainer under DDP and FSDP2."""
 
+import gc
 import hashlib
-import os
 
 import pytest
 import tiny
@@ -29,6 +29,9 @@ STOCHASTIC = {"precision": "stochastic", "state_dtype": "bfloat16"}
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     hf_optim.register()
+    gc.collect(), gc.freeze()  # Trainer collects garbage at every start: not that of all modules, copied in a fork
+    yield
+    gc.unfreeze()
 
 
 def decay(name):
@@ -176,6 +179,8 @@ def odd_model():
     assert net.lm_head.weight is net.transformer.wte.weight
     net.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
     net.transformer.h[1].spare = torch.nn.Parameter(torch.ones(5, 3))
+    for layer in net.transformer.h:  # the true gradient of a key's bias is 0: what moves it is the rounding of others
+        layer.attn.c_attn.bias.requires_grad_(False)
     return net
 
 
@@ -192,24 +197,34 @@ def values(run):
     return found
 
 
+def trained_odd(name, ranks, **options):
+    # no clipping: the norm of all gradients is added up in another order on shards
+    return trained(name, ranks, net=odd_model(), max_grad_norm=0, **options)[0]
+
+
 def sharded_equal_one_process(expected):
     as_launched(), shard_on_cpu()
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
-    start = odd_model().state_dict()
     for name, wanted in expected.items():
-        run, _ = trained(name, ranks=2, net=odd_model(), fsdp=True, fsdp_config=layers)
+        run, info = trained_odd(name, ranks=2, fsdp=True, fsdp_config=layers), hf_optim.info(name)
         assert all(isinstance(p, DTensor) for p in run.model.parameters())
-        far = differences(wanted, values(run))
-        print(name, sorted(far.items(), key=lambda x: -x[1])[:3])
+        found = values(run)
+        assert found.keys() == wanted.keys()
+        exact = info.verdicts["zero"].startswith("fine")  # nothing is added up
+        for key, a in wanted.items():
+            a, b = torch.as_tensor(a).double(), torch.as_tensor(found[key]).double()
+            far = ((a - b).abs().max() / a.abs().max()).item() if a.any() else b.abs().max().item()
+            allowed = 0 if exact else 1e-6 if key.endswith(" weight") else 5e-6
+            assert far <= allowed, f"{name}, {key}: off by {far:.2g}"
 
 
-def differences(wanted, found):
-    assert wanted.keys() == found.keys()
-    tensors = [k for k, v in wanted.items() if isinstance(v, torch.Tensor) and v.numel()]
-    far = lambda a, b: ((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)).item()
-    return {k: far(wanted[k], found[k]) for k in tensors}
+def one_process(name):
+    found, start = values(trained_odd(name, ranks=1)), dict(odd_model().named_parameters())
+    still = {key for key, p in start.items() if torch.equal(p, found[f"{key} weight"])}
+    assert still == {key for key, p in start.items() if not p.requires_grad or "spare" in key}
+    return found
 
 
-@pytest.mark.parametrize("names", [SAMPLE[:3], pytest.param(NAMES, marks=pytest.mark.slow)], ids=["sample", "all"])
+@pytest.mark.parametrize("names", [SAMPLE[:2], pytest.param(NAMES, marks=pytest.mark.slow)], ids=["sample", "all"])
 def test_fsdp2_of_trainer_equals_one_process(names):
-    launch(2, sharded_equal_one_process, {n: values(trained(n, ranks=1, net=odd_model())[0]) for n in names})
+    launch(2, sharded_equal_one_process, {name: one_process(name) for name in names})
