@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_optim
 from hf_optim.core import sharding
+from hf_optim.trainer import layout
 from hf_optim.trainer.loss import innermost
 
 
@@ -228,3 +229,29 @@ def one_process(name):
 @pytest.mark.parametrize("names", [SAMPLE[:2], pytest.param(NAMES, marks=pytest.mark.slow)], ids=["sample", "all"])
 def test_fsdp2_of_trainer_equals_one_process(names):
     launch(2, sharded_equal_one_process, {name: one_process(name) for name in names})
+
+
+# ---- ranks that were meant to train together -----------------------------------------------------------------------
+
+
+def test_ranks_that_would_train_alone_are_stopped(monkeypatch):
+    args = tiny.arguments(optim="adamw")  # connected to nobody: what accelerate makes of two ranks without a GPU
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resolve = hf_optim.LossAwareTrainer.get_optimizer_cls_and_kwargs
+    resolve(args, None)  # a cluster may set it for single processes, too
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="2 processes were launched, but each would train alone.*`--use_cpu`"):
+        resolve(args, None)
+
+
+def fsdp_without_gpus(options):
+    as_launched()
+    heard = []
+    layout.logger.warning = heard.append
+    tiny.trainer(optim="adamw", ddp_backend="gloo", **options).create_optimizer()
+    assert any("leaves FSDP out on CPUs" in text for text in heard) == bool(options)
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp"])
+def test_fsdp_that_accelerate_leaves_out_is_told(options):
+    launch(2, fsdp_without_gpus, options)
