@@ -4,6 +4,11 @@
 
 import gc
 import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +16,7 @@ import torch
 import torch.distributed as dist
 from engine import BF16, everything, frozen, moments
 from ranks import as_launched, launch, shard_on_cpu
+from safetensors.torch import load_file
 from test_resume import result
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +27,7 @@ from hf_optim.trainer import layout
 from hf_optim.trainer.loss import innermost
 
 
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 NAMES = hf_optim.list_optimizers()
 # one name for each way to a step: by the loss, factored, matrices, sums over the model, element-wise
 SAMPLE = ("adalo", "adafactor_corrected", "muon", "stable_decay_adamw", "adamw")
@@ -255,3 +262,40 @@ def fsdp_without_gpus(options):
 @pytest.mark.parametrize("options", [{}, {"fsdp": True, "fsdp_config": {"version": 2}}], ids=["ddp", "fsdp"])
 def test_fsdp_that_accelerate_leaves_out_is_told(options):
     launch(2, fsdp_without_gpus, options)
+
+
+# ---- as users launch them ------------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+def finetune_clm(folder, launcher=(), accumulation=1):
+    """Weights and step sizes of three steps of the script, in processes of its own."""
+    small = {"max_train_samples": 32, "max_eval_samples": 8, "block_size": 16, "per_device_train_batch_size": 2}
+    run = {"optim": "adalo", "optim_args": "mode=compliant,kappa=1.0,backend=loop", "max_steps": 3, "logging_steps": 1}
+    options = {**small, **run, "gradient_accumulation_steps": accumulation, "output_dir": folder, "report_to": "none"}
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    module = ["-m", *launcher] if launcher else []
+    result = subprocess.run(
+        [sys.executable, *module, SCRIPTS / "finetune_clm.py", *flags, "--do_train", "--do_eval", "--use_cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    sizes = [entry["optim/effective_lr"] for entry in logs if "optim/effective_lr" in entry]
+    assert len(sizes) == 3
+    return load_file(folder / "model.safetensors"), sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launched_scripts_equal_one_process(launcher, tmp_path):
+    weights, sizes = finetune_clm(tmp_path / "two", LAUNCHERS[launcher])
+    expected, expected_sizes = finetune_clm(tmp_path / "one", accumulation=2)
+    assert sizes == expected_sizes and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
