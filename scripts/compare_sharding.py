@@ -16,6 +16,7 @@ default options, and with `foreach=False` where the default fails. The result is
 import argparse
 import contextlib
 import fnmatch
+import importlib.metadata
 import inspect
 import io
 import json
@@ -23,6 +24,7 @@ import logging
 import os
 import tempfile
 import time
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -110,7 +112,7 @@ def train(package: str, name: str, model: torch.nn.Module, **options) -> list[to
 
 def difference(whole: list[torch.Tensor], sharded: list[torch.Tensor]) -> float:
     """The largest, relative to the largest weight of its tensor."""
-    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(whole, sharded))
+    return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in zip(whole, sharded))
 
 
 def collectives(package: str, name: str, **options) -> float:
@@ -167,8 +169,9 @@ def measure(package: str, name: str, **options) -> dict:
 
 
 def first_line(error: Exception) -> str:
-    """Its type and the first line of what it says."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    """Its type and the first line of what it says, or else where it came from."""
+    place = f"in {traceback.extract_tb(error.__traceback__)[-1].name}()"
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), place)}"
 
 
 def compare(package: str, name: str) -> dict:
@@ -182,6 +185,8 @@ def compare(package: str, name: str) -> dict:
         return row | {"unusable": first_line(error)}
     if not all(w.isfinite().all() for w in weights):
         return row | {"unusable": "weights are not finite after eight steps on whole weights"}
+    if difference(weights, [p.detach() for p in make_model().parameters()]) <= TOLERANCE:
+        return row | {"unusable": "weights hardly move in eight steps"}
     row |= measure(package, name)
     if package != "hf_optim" and not right(row):
         try:
@@ -225,12 +230,9 @@ def main():
     rows = [compare(*pair) for pair in track(names, "Comparing", disable=None)]
     print(table(rows))
     if args.filter == "*":
-        versions = {}
-        with contextlib.suppress(ImportError):
-            import pytorch_optimizer
-
-            versions["pytorch_optimizer"] = pytorch_optimizer.__version__
-        record = {**about, **versions, "steps": STEPS, "ranks": RANKS, "tolerance": TOLERANCE, "results": rows}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
+        record = {**about, "steps": STEPS, "ranks": RANKS, "tolerance": TOLERANCE, "results": rows}
         RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
 

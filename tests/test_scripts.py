@@ -188,6 +188,7 @@ def test_make_data_cuts_drops_and_counts_once(script, monkeypatch):
         ("finetune_classification", ["--max_seq_length", "--optim_args", "--validation_file"]),
         ("finetune_clm", ["--block_size", "--optim_args", "--model_name_or_path"]),
         ("compare_optimizers", ["--search", "--output_dir"]),
+        ("compare_sharding", ["--filter"]),
         ("make_data", ["--wordnet", "--shakespeare"]),
         ("bootstrap", ["demo", "test"]),
     ],
@@ -491,6 +492,45 @@ def test_the_recipes_are_what_the_search_found(script):
         assert {key: config[key] for key in compare_optimizers.SHARED} == compare_optimizers.SHARED
         assert config["optim"] == optim
         assert all(config.get(key) == best.get(key) for key in compare_optimizers.TUNED)
+
+
+# ---------------------------------------------------------------------------------------------------- compare_sharding
+
+
+class LocalNorm(torch.optim.SGD):
+    """Steps by the norm of the gradient, which `item()` gives for the rows of one process only."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            with torch.no_grad():
+                p.sub_(p.grad, alpha=0.01 * p.grad.norm().item())
+
+
+def test_steps_on_shards_are_right_wrong_or_an_error(script, monkeypatch):
+    compare_sharding = script("compare_sharding")
+    monkeypatch.setattr(torch.optim, "LocalNorm", LocalNorm, raising=False)
+    ours = compare_sharding.compare("hf_optim", "lamb")
+    local = compare_sharding.compare("torch.optim", "LocalNorm")
+    theirs = compare_sharding.compare("transformers", "Adafactor")
+    sparse = compare_sharding.compare("torch.optim", "SparseAdam")
+    assert compare_sharding.right(ours) and ours["collectives_per_matrix"] > 0
+    assert local["difference"] > 1e-3 and not compare_sharding.right(local)
+    assert "mixed torch.Tensor and DTensor" in theirs["error"] and "dense gradients" in sparse["unusable"]
+    lines = compare_sharding.table([ours, local, theirs, sparse]).splitlines()[2:]
+    assert all(word in line for word, line in zip(("right", "**wrong**", "RuntimeError", "not comparable"), lines))
+
+
+def test_the_table_of_steps_on_shards_is_what_was_measured(script):
+    make_table = script("make_table")
+    record = json.loads(make_table.SHARDING.read_text())
+    rows = make_table.sharding().splitlines()
+    right = [r for r in record["results"] if r.get("difference", 1) <= record["tolerance"]]
+    for package in ("hf_optim", "torch.optim", "pytorch_optimizer"):
+        (row,) = (line for line in rows if line.startswith(f"| {package}, all usable"))
+        usable = [r for r in record["results"] if r["package"] == package and "unusable" not in r]
+        assert f"| {sum(r['package'] == package for r in right)} of {len(usable)} right |" in row
+    named = sum(map(len, make_table.NOTABLE.values()))
+    assert sum(line.startswith("| `") for line in rows) == named
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
