@@ -9,8 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 
 
 def _rank(rank, world, store, fn, args):
@@ -40,6 +38,9 @@ def as_launched():
 
 def shard_on_cpu():
     """accelerate takes DDP in place of FSDP on CPUs, without a word: let it see accelerators."""
+    from accelerate.state import AcceleratorState, PartialState  # late: most users of this file do without
+    from accelerate.utils import DistributedType
+
     init = AcceleratorState.__init__
 
     def __init__(self, *args, **kwargs):
