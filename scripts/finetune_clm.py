@@ -3,6 +3,7 @@
 """
 Trains a causal language model, with any optimizer of transformers or hf_optim.
 
+    python scripts/finetune_clm.py configs/train/clm_muon.yaml
     python scripts/finetune_clm.py --optim adalo --optim_args "kappa=1.0" --do_train --do_eval \\
         --max_steps 200 --output_dir outputs/clm
 

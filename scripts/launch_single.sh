@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A small causal language model on one device.
 # More arguments go to the script: scripts/launch_single.sh --optim adamw --max_steps 50
+# Without a GPU it runs on the CPU as it is.
 set -e
 cd "$(dirname "$0")/.."
 accelerate launch --config_file configs/accelerate/single.yaml scripts/finetune_clm.py \

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A small causal language model under DeepSpeed ZeRO 2: for elementwise optimizers.
 # More arguments go to the script: scripts/launch_zero2.sh --optim adamw --max_steps 50
+# Without GPUs add --use_cpu: the processes then meet over gloo.
 set -e
 cd "$(dirname "$0")/.."
 accelerate launch --config_file configs/accelerate/zero2.yaml scripts/finetune_clm.py \

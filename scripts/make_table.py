@@ -7,6 +7,7 @@ The optimizers come from the registry, the comparison from `scripts/results/resu
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_optim.core import FLAGS, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "results" / "results.json"
+SHARDING = RESULTS.with_name("sharding.json")  # by scripts/compare_sharding.py
 
 
 def optimizers() -> str:
@@ -60,6 +62,42 @@ def comparison() -> str:
         )
     eval_rows = record["results"][0]["eval_rows"]
     rows += ["", f"One seed, {eval_rows:,} texts; {record['date']}, {record['machine']}, torch {record['torch']}."]
+    return "\n".join(rows)
+
+
+NOTABLE = {  # those that people reach for to save memory, or to replace Adam
+    "torch.optim": ("AdamW", "Adafactor", "Muon"),
+    "transformers": ("Adafactor",),
+    "pytorch_optimizer": ("adafactor", "came", "lamb", "lion", "muon", "prodigy", "scheduleFreeAdamW", "sm3", "soap"),
+}
+
+
+def sharding() -> str:
+    """Who takes the same steps on shards: a count for each package, and the optimizers that people know."""
+    record = json.loads(SHARDING.read_text())
+    rows = ["| optimizer | steps on FSDP2 shards | collectives per matrix |", "|---|---|---|"]
+    packages: dict[str, list] = {}
+    for r in record["results"]:
+        if "unusable" not in r:
+            packages.setdefault(r["package"], []).append(r)
+    for package, found in packages.items():
+        fine = [r for r in found if r.get("difference", math.inf) <= record["tolerance"]]
+        counts = [r["collectives_per_matrix"] for r in fine]
+        span = f"{min(counts):g} to {max(counts):g}" if counts else ""
+        rows.append(f"| {package}, all usable | {len(fine)} of {len(found)} right | {span} |")
+        known = {name.lower() for name in NOTABLE.get(package, ())}
+        for r in (r for r in found if r["name"].lower() in known):
+            right = "right" if r in fine else "wrong without a word" if "difference" in r else "error"
+            options = f" ({r['options']})" if "options" in r else ""
+            counted = f"{r['collectives_per_matrix']:g}" if r in fine else ""
+            rows.append(f"| `{r['name']}` of {package}{options} | {right} | {counted} |")
+    versions = f"torch {record['torch']}, transformers {record['transformers']}"
+    if "pytorch_optimizer" in record:
+        versions += f", pytorch_optimizer {record['pytorch_optimizer']}"
+    rows += [
+        "",
+        f"{record['steps']} steps on {record['ranks']} processes; {record['date']}, {record['machine']}, {versions}.",
+    ]
     return "\n".join(rows)
 
 

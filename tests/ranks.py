@@ -27,3 +27,25 @@ def launch(world, fn, *args):
         # a CUDA context does not survive a fork
         method = "spawn" if torch.cuda.is_available() else "fork"
         mp.start_processes(_rank, (world, os.path.join(folder, "store"), fn, args), nprocs=world, start_method=method)
+
+
+def as_launched():
+    """Leave in the environment what torchrun would: Trainer looks there."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="0")
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate takes one thread for each core, on every rank
+
+
+def shard_on_cpu():
+    """accelerate takes DDP in place of FSDP on CPUs, without a word: let it see accelerators."""
+    from accelerate.state import AcceleratorState, PartialState  # late: most users of this file do without
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def __init__(self, *args, **kwargs):
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        init(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = __init__

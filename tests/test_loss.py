@@ -3,14 +3,13 @@
 """The loss that reaches the optimizer is the one back-propagated, whoever computed it and in however many pieces."""
 
 import logging
-import os
-import socket
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from ranks import as_launched, launch
 from transformers import Trainer
 
 import hf_optim
@@ -131,51 +130,38 @@ def test_report_is_replaced_not_added():
 # ---- ranks ----
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+class Mixed(hf_optim.LossAwareMixin, Trainer):
+    pass
 
 
-def two_ranks(rank, port, queue, broken):
-    os.environ.update(
-        MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def train_on_this_rank(broken, folder):
+    as_launched()
     if broken:
         sharding.mean_over_ranks = lambda x: x
     made = tiny.trainer(
-        rows=tiny.data(padded=True), optim="adalo", optim_args="mode=compliant", max_steps=4,
+        cls=Mixed, rows=tiny.data(padded=True), optim="adalo", optim_args="mode=compliant", max_steps=4,
         per_device_train_batch_size=4, lr_scheduler_type="constant", ddp_backend="gloo",
     )  # fmt: skip
     made.train()
-    queue.put((rank, [p.tolist() for p in tiny.weights(made)], float(innermost(made.optimizer).param_groups[0]["e"])))
-    dist.barrier()
-    os._exit(0)
+    torch.save((tiny.weights(made), innermost(made.optimizer).param_groups[0]["e"]), folder / str(dist.get_rank()))
 
 
-def train_on_two_ranks(broken=False):
-    queue = torch.multiprocessing.get_context("fork").SimpleQueue()
-    context = torch.multiprocessing.start_processes(
-        two_ranks, (free_port(), queue, broken), nprocs=2, join=False, start_method="fork"
-    )
-    found = sorted(queue.get() for _ in range(2))
-    context.join()
-    return found
+def train_on_two_ranks(folder, broken=False):
+    launch(2, train_on_this_rank, broken, folder)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
-def test_ranks_with_different_data_stay_identical_and_equal_one_process():
-    (_, first, e0), (_, second, e1) = train_on_two_ranks()
-    assert first == second and e0 == e1
+def test_ranks_with_different_data_stay_identical_and_equal_one_process(tmp_path):
+    (first, e0), (second, e1) = train_on_two_ranks(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first, second)) and torch.equal(e0, e1)
     _, alone = run(padded=True, per_device_train_batch_size=8)
     for a, b in zip(first, tiny.weights(alone)):
-        torch.testing.assert_close(torch.tensor(a), b, atol=1e-6, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
-def test_without_the_mean_over_ranks_they_drift_apart():
-    (_, first, _), (_, second, _) = train_on_two_ranks(broken=True)
-    assert first != second
+def test_without_the_mean_over_ranks_they_drift_apart(tmp_path):
+    (first, e0), (second, e1) = train_on_two_ranks(tmp_path, broken=True)
+    assert not torch.equal(e0, e1) and not all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 # ---- the guard ----

@@ -18,11 +18,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import transformers
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from engine import frozen, rich
 from packaging.version import Version
-from ranks import launch
+from ranks import as_launched, launch, shard_on_cpu
 from test_sharding import make_model, sharded_model, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -144,22 +142,8 @@ def test_killed_run_in_autocast(which, tmp_path):
     resumes_after_kills(which, ["in an accumulation window"], tmp_path, autocast=True)
 
 
-def shard_on_cpu():
-    """accelerate takes DDP in place of FSDP on CPUs, without a word: let it see accelerators."""
-    init = AcceleratorState.__init__
-
-    def __init__(self, *args, **kwargs):
-        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        init(self, *args, **kwargs)
-
-    AcceleratorState.__init__ = __init__
-
-
 def distributed_run(kind, name, folder, point=None, resumed=False):
-    rank, world = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="0")
-    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate takes one thread for each core, on every rank
+    as_launched()
     options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     if kind != "ddp":
         shard_on_cpu()
@@ -170,7 +154,7 @@ def distributed_run(kind, name, folder, point=None, resumed=False):
         run.add_callback(Kill(*POINTS[point][:2]))
     run.train(resume_from_checkpoint=resumed)
     assert isinstance(next(run.model.parameters()), DTensor) == (kind != "ddp")
-    torch.save(result(run), f"{folder}/result{rank}")
+    torch.save(result(run), f"{folder}/result{dist.get_rank()}")
 
 
 def ranks_resume(kind, name, point, folder):

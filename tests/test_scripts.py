@@ -20,7 +20,15 @@ import yaml
 from matplotlib.colors import to_hex
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_optim
 
@@ -180,6 +188,7 @@ def test_make_data_cuts_drops_and_counts_once(script, monkeypatch):
         ("finetune_classification", ["--max_seq_length", "--optim_args", "--validation_file"]),
         ("finetune_clm", ["--block_size", "--optim_args", "--model_name_or_path"]),
         ("compare_optimizers", ["--search", "--output_dir"]),
+        ("compare_sharding", ["--filter"]),
         ("make_data", ["--wordnet", "--shakespeare"]),
         ("bootstrap", ["demo", "test"]),
     ],
@@ -483,6 +492,112 @@ def test_the_recipes_are_what_the_search_found(script):
         assert {key: config[key] for key in compare_optimizers.SHARED} == compare_optimizers.SHARED
         assert config["optim"] == optim
         assert all(config.get(key) == best.get(key) for key in compare_optimizers.TUNED)
+
+
+# ---------------------------------------------------------------------------------------------------- compare_sharding
+
+
+class LocalNorm(torch.optim.SGD):
+    """Steps by the norm of the gradient, which `item()` gives for the rows of one process only."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            with torch.no_grad():
+                p.sub_(p.grad, alpha=0.01 * p.grad.norm().item())
+
+
+def test_steps_on_shards_are_right_wrong_or_an_error(script, monkeypatch):
+    compare_sharding = script("compare_sharding")
+    monkeypatch.setattr(torch.optim, "LocalNorm", LocalNorm, raising=False)
+    ours = compare_sharding.compare("hf_optim", "lamb")
+    local = compare_sharding.compare("torch.optim", "LocalNorm")
+    theirs = compare_sharding.compare("transformers", "Adafactor")
+    sparse = compare_sharding.compare("torch.optim", "SparseAdam")
+    assert compare_sharding.right(ours) and ours["collectives_per_matrix"] > 0
+    assert local["difference"] > 1e-3 and not compare_sharding.right(local)
+    assert "mixed torch.Tensor and DTensor" in theirs["error"] and "dense gradients" in sparse["unusable"]
+    lines = compare_sharding.table([ours, local, theirs, sparse]).splitlines()[2:]
+    assert all(word in line for word, line in zip(("right", "**wrong**", "RuntimeError", "not comparable"), lines))
+
+
+def test_the_table_of_steps_on_shards_is_what_was_measured(script):
+    make_table = script("make_table")
+    record = json.loads(make_table.SHARDING.read_text())
+    rows = make_table.sharding().splitlines()
+    right = [r for r in record["results"] if r.get("difference", 1) <= record["tolerance"]]
+    for package in ("hf_optim", "torch.optim", "pytorch_optimizer"):
+        (row,) = (line for line in rows if line.startswith(f"| {package}, all usable"))
+        usable = [r for r in record["results"] if r["package"] == package and "unusable" not in r]
+        assert f"| {sum(r['package'] == package for r in right)} of {len(usable)} right |" in row
+    named = sum(map(len, make_table.NOTABLE.values()))
+    assert sum(line.startswith("| `") for line in rows) == named
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+RECIPES = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+FAMILIES = {
+    "Adam": "adamw",
+    "factored moments": "adafactor_corrected",
+    "step size from the loss": "adalo",
+    "orthogonal steps": "muon",
+    "normalised steps": "nsgda",
+    "steps by layer": "lamb",
+    "momentum": "stable_decay_sgd",
+}
+
+
+def task_and_optim(recipe):
+    return recipe.stem.split("_", 1)
+
+
+def test_a_recipe_for_each_family_and_task():
+    found = {tuple(task_and_optim(recipe)) for recipe in RECIPES}
+    assert {(task, name) for task in ("classification", "clm") for name in FAMILIES.values()} <= found
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipe_is_understood_and_stays_in_range(script, recipe):
+    hf_optim.register()
+    task, optim = task_and_optim(recipe)
+    module = script(f"finetune_{task}")
+    parser = HfArgumentParser((module.ModelArguments, module.DataTrainingArguments, TrainingArguments))
+    *_, args = parser.parse_yaml_file(str(recipe))  # refuses unknown keys
+    assert args.optim == optim and args.output_dir == f"outputs/{recipe.stem}"
+    assert args.do_train and args.do_eval and 0 < args.warmup_steps < args.max_steps <= 200
+    Trainer.get_optimizer_cls_and_kwargs(args, None)  # refuses unknown options
+    if recipe.read_text().startswith("# Not tuned for this task: the learning rate is the best one"):
+        assert args.learning_rate == hf_optim.info(optim).lr[1]
+
+
+QUICK = ("classification_muon", "clm_nsgda")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=() if r.stem in QUICK else pytest.mark.slow, id=r.stem) for r in RECIPES],
+)
+def test_recipe_runs(run, tiny_bert, topics, tmp_path, recipe):
+    task, _ = task_and_optim(recipe)
+    config = yaml.safe_load(recipe.read_text())
+    config |= {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1, "use_cpu": True, "output_dir": str(tmp_path)}
+    config |= {"max_train_samples": 32, "max_eval_samples": 8}
+    if task == "classification":
+        files = {part: str(topics / f"{part}.csv") for part in ("train", "validation")}
+        config["model_name_or_path"] = str(tiny_bert)
+    else:
+        files = {}
+        for part in ("train", "validation"):
+            files[part] = str(tmp_path / f"{part}.txt")
+            lines = (SHAKESPEARE / f"{part}.txt").read_text().splitlines(keepends=True)[:1000]
+            Path(files[part]).write_text("".join(lines))
+    config |= {f"{part}_file": path for part, path in files.items()}
+    (tmp_path / recipe.name).write_text(yaml.safe_dump(config))
+    run(f"finetune_{task}", tmp_path / recipe.name)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["train_samples"] == 32 and results["eval_samples"] == 8 and math.isfinite(results["eval_loss"])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------- bootstrap

@@ -6,6 +6,7 @@ from a config file of accelerate; and the refusal of optimizers that would be wr
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,6 +15,8 @@ from typing import Any
 from ..registry import OptimInfo
 from ..verdicts import TITLES, Layout, decide
 
+
+logger = logging.getLogger(__name__)
 
 SECTION = (
     "the `optimizer` section of the DeepSpeed config takes the place of `--optim`; remove the section (a `scheduler` "
@@ -35,6 +38,24 @@ def refuse(info: OptimInfo, options: Mapping[str, Any], layout: Layout) -> None:
     verdict = decide(info.cls, options, layout)
     if not verdict.fine:
         raise ValueError(f"{info.name} cannot be used under {TITLES[layout.kind]}: {verdict.reason}")
+
+
+def check_ranks(args: Any) -> None:
+    """Look whether the processes that were launched train together, as they were told to.
+
+    Raises:
+        `ValueError`: if each of them would train a model of its own.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" in os.environ and started > 1 and args.world_size == 1:  # what torchrun and accelerate leave
+        raise ValueError(
+            f"{started} processes were launched, but each would train alone: accelerate found no accelerator to "
+            "connect them on. On CPUs pass `--use_cpu` to the script (`use_cpu=True` in TrainingArguments), so that "
+            "they meet over gloo, or launch one process"
+        )
+    kind = getattr(args.distributed_state, "distributed_type", None)
+    if kind == "MULTI_CPU" and (args.fsdp_plugin_args or _on("ACCELERATE_USE_FSDP")):
+        logger.warning("accelerate leaves FSDP out on CPUs: the model is not sharded, the run is DDP")
 
 
 def of_deepspeed(config: Mapping[str, Any]) -> Layout:

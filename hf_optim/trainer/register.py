@@ -108,10 +108,12 @@ def resolve(info: OptimInfo, args: TrainingArguments, model: torch.nn.Module | N
 
     Raises:
         `ValueError`, `TypeError`: for a bad `--optim_args`; the message names option, value and range.
-        `ValueError`: if the optimizer would be wrong on the parts of tensors that this run gives it.
+        `ValueError`: if the optimizer would be wrong on the parts of tensors that this run gives it, or if launched
+            processes would train alone.
     """
     given = {"lr": args.learning_rate, **_changed_fields(info, args), **parse_optim_args(info, args.optim_args)}
     options = info.cls.with_preset(info.preset, given)
+    layout.check_ranks(args)
     layout.refuse(info, options, layout.of_arguments(args, model))
     _warn_lr(info, args)
     if args.optim_target_modules is not None and not info.cls.uses_targets:
