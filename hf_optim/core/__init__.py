@@ -9,6 +9,7 @@ from .maths import (
     along,
     amax,
     at_most,
+    averaged,
     factored_rsqrt,
     pack_signs,
     rms,

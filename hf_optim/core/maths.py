@@ -61,6 +61,11 @@ def summed(x: Tensor, axis: int) -> Tensor:
     return settle(x.sum(axis))
 
 
+def averaged(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The mean over axes, as [`summed`]."""
+    return settle(x.mean(tuple(axes)))
+
+
 def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
     """A statistic per index of one axis, shaped to be combined with the whole tensor."""
     return vector.view([-1 if a == axis else 1 for a in range(ndim)])

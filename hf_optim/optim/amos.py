@@ -4,7 +4,7 @@
 
 import torch
 
-from ..core import Optimizer, along, by_pattern, hp, keep, like
+from ..core import Optimizer, along, averaged, by_pattern, hp, keep, like
 
 
 class Amos(Optimizer):
@@ -50,7 +50,7 @@ class Amos(Optimizer):
     def update(g, p, s, h):
         g = g if h.clip is None else g.clamp(-h.clip, h.clip)
         matrix, axis = g.ndim > 1, h.output_axis
-        q = g.square().mean([a for a in range(g.ndim) if not matrix or a != axis])
+        q = averaged(g.square(), [a for a in range(g.ndim) if not matrix or a != axis])
         s.v = s.v.lerp(q, 1 - h.beta)
         rho = h.debias / s.v.clamp(min=2.0**-125)
         eta = h.eta or (p.shape[axis] / max(p.numel(), 1) if matrix else 0.25) ** 0.5
