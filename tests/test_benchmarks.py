@@ -206,3 +206,94 @@ def test_finetune_from_the_shell(finetune, tmp_path):
     assert [r["optim"] for r in record["results"]] == [*names, failing]
     assert "needs all gradients at once" in record["results"][2]["error"]
     assert record["results"][2]["out_of_memory"] is False
+
+
+# --------------------------------------------------------------------------------------------------- compare_precision
+
+
+def made_up_runs(compare):
+    """Two seeds with 0.5 between them; nearest rounding loses 0.1 and 0.2, stochastic rounding gains 0.01."""
+    lost = {"nearest": (0.1, 0.2), "stochastic": (-0.01, -0.01)}
+    runs = {}
+    for arm in [compare.Arm("adamw", "adamw", "float32")] + [
+        compare.Arm("adamw", "adamw", "bfloat16", f"precision={how}") for how in lost
+    ]:
+        by_seed = lost.get(arm.settings.removeprefix("precision="), (0.0, 0.0))
+        runs[arm] = [
+            {
+                "seed": seed,
+                "train_loss": 4 + seed / 2 + more,
+                "eval_loss": 5 + seed / 2 + more,
+                "bytes_per_parameter": 10.0,
+                "losses": [6.0, 5.0 + more],
+            }
+            for seed, more in enumerate(by_seed, 1)
+        ]
+    return runs
+
+
+def test_precision_is_compared_seed_by_seed(script):
+    compare = script("compare_precision")
+    fp32, nearest, stochastic = compare.summary(made_up_runs(compare))
+    assert fp32["eval_loss"] == {"mean": 5.75, "sd": pytest.approx(0.5**0.5 / 2)}
+    assert fp32["eval_loss_minus_fp32"] == {"mean": 0, "sd": 0}
+    assert nearest["eval_loss_minus_fp32"] == {"mean": pytest.approx(0.15), "sd": pytest.approx(0.1 / 2**0.5)}
+    assert stochastic["train_loss_minus_fp32"] == {"mean": pytest.approx(-0.01), "sd": pytest.approx(0, abs=1e-12)}
+    assert compare.spread([1.0]) == {"mean": 1.0, "sd": None}
+
+
+def test_precision_table_plot_and_readme(script, monkeypatch, tmp_path):
+    compare, make_table = script("compare_precision"), script("make_table")
+    head = {"seeds": 2, "steps": 20, "date": "today", "machine": "a CPU", "torch": "3"}
+    record = {**head, "arms": compare.summary(made_up_runs(compare))}
+    out = io.StringIO()
+    Console(file=out, width=80).print(compare.result_table(record))
+    rows = [line.split() for line in out.getvalue().splitlines() if line.strip()]
+    assert ["adamw", "bfloat16", "precision=nearest", "10.00", "4.9000", "5.9000", "0.1500"] in rows
+
+    (axes,) = compare.loss_curves(record).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["adamw precision=nearest", "adamw precision=stochastic"]
+    means = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert means["adamw precision=nearest"] == pytest.approx([0, 0.15])
+    assert means["adamw precision=stochastic"] == pytest.approx([0, -0.01])
+
+    monkeypatch.setattr(make_table, "PRECISION", tmp_path / "precision.json")
+    make_table.PRECISION.write_text(json.dumps(record))
+    text = make_table.precision()
+    assert "| `adamw` | bfloat16 | `precision=nearest` | 10.00 | 5.900 ± 0.424 | 0.150 ± 0.071 |" in text
+    assert "| `adamw` | float32 |  | 10.00 | 5.750 ± 0.354 |  |" in text
+    assert text.endswith("over 2 seeds, 20 steps; today, a CPU, torch 3.")
+
+
+def test_every_arm_has_one_fp32_run_and_known_settings(script):
+    compare = script("compare_precision")
+    for arm in compare.ARMS:
+        assert sum(a.rule == arm.rule and a.dtype == "float32" for a in compare.ARMS) == 1
+    first = {arm.rule: arm.dtype for arm in reversed(compare.ARMS)}
+    assert set(first.values()) == {"float32"}  # the plot takes the first of a rule for it
+
+
+@pytest.mark.slow
+def test_precision_runs_start_from_the_same_model(script, monkeypatch, tmp_path):
+    compare = script("compare_precision")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    compare.quiet()
+    fp32, bf16 = (compare.run(arm, seed=1, steps=20) for arm in (compare.ARMS[0], compare.ARMS[3]))
+    assert len(fp32["losses"]) == len(bf16["losses"]) == 2
+    assert fp32["losses"] == pytest.approx(bf16["losses"], abs=0.01) and fp32["losses"] != bf16["losses"]
+    assert fp32["train_loss"] == pytest.approx(sum(fp32["losses"]) / 2)
+    assert (fp32["bytes_per_parameter"], bf16["bytes_per_parameter"]) == (12, 10)
+
+
+@pytest.mark.slow
+def test_precision_from_the_shell(tmp_path):
+    """All arms, each in its process."""
+    result = shell("compare_precision", "--steps", 10, "--seeds", 1, "--jobs", 2, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "precision.json").read_text())
+    assert [arm["dtype"] for arm in record["arms"]].count("float32") == 2 and len(record["arms"]) == 10
+    assert all(len(arm["runs"]) == 1 and len(arm["runs"][0]["losses"]) == 1 for arm in record["arms"])
+    assert record["steps"] == 10 and record["seeds"] == 1 and "date" in record
+    assert (tmp_path / "precision.png").read_bytes().startswith(b"\x89PNG")
+    assert "precision=kahan" in result.stdout
