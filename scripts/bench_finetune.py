@@ -223,37 +223,53 @@ def measure(job: Job, arm: Arm) -> dict:
         return {"optim": arm.text, "out_of_memory": memory, "error": f"{type(error).__name__}: {error}"}
 
 
+def timed_steps(model, optimizer, batches: torch.Tensor, clock: Stopwatch) -> list[dict]:
+    rows = []
+    for ids in batches:
+        started = now()
+        loss = train_step(model, optimizer, ids, clock)
+        rows.append({"whole": now() - started, "inside": clock.seconds(), "loss": loss.item()})
+    return rows
+
+
+def peaks() -> tuple[int, int]:
+    """The most bytes that tensors took, and that the allocator took from the device, since the last call."""
+    found = torch.accelerator.max_memory_allocated(), torch.accelerator.max_memory_reserved()
+    torch.accelerator.reset_peak_memory_stats()
+    return found
+
+
 def measure_steps(job: Job, arm: Arm) -> dict:
     torch.manual_seed(0)
     clock = Stopwatch(torch.device(job.device))
+    on_cpu = clock.device.type == "cpu"
     model = new_model(job.config, job.device)
     batches = new_batches(job, job.warmup + job.steps)
     optimizer = new_optimizer(model, arm, clock)
-    on_cpu = clock.device.type == "cpu"
     if not on_cpu:
         torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
-    losses, whole, inside = [], [], []
-    for ids in batches:
-        started = now()
-        losses.append(train_step(model, optimizer, ids, clock))
-        whole.append(now() - started)
-        inside.append(clock.seconds())
+        peaks()
+    first = timed_steps(model, optimizer, batches[: job.warmup], clock)
+    first_peak, first_reserved = (None, None) if on_cpu else peaks()
+    timed = timed_steps(model, optimizer, batches[job.warmup :], clock)
     state = state_bytes(optimizer)
     if on_cpu:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         peak = weights + state + traced_peak(lambda: train_step(model, optimizer, batches[0], clock))
-    seconds = statistics.median(whole[job.warmup :])
+    else:
+        peak, reserved = peaks()
+    seconds = statistics.median(row["whole"] for row in timed)
     return {
         "parameters": model.num_parameters(),
-        "peak_bytes": peak if on_cpu else torch.accelerator.max_memory_allocated(),
-        "reserved_bytes": None if on_cpu else torch.accelerator.max_memory_reserved(),
+        "peak_bytes": peak if on_cpu else max(peak, first_peak),
+        "warmup_peak_bytes": first_peak,  # compiling may take memory that no later step does
+        "reserved_bytes": None if on_cpu else max(reserved, first_reserved),
         "state_bytes": state,
         "step_seconds": seconds,
         "tokens_per_second": batches[0].numel() / seconds,
-        "optimizer_seconds": statistics.median(inside[job.warmup :]),
-        "first_step_seconds": whole[0],  # with what is compiled, and the making of the state
-        "losses": [loss.item() for loss in losses],
+        "optimizer_seconds": statistics.median(row["inside"] for row in timed),
+        "first_step_seconds": first[0]["whole"],  # with what is compiled, and the making of the state
+        "losses": [row["loss"] for row in first + timed],
     }
 
 

@@ -110,6 +110,17 @@ def test_release_changes_memory_and_nothing_else(finetune):
         assert result["reserved_bytes"] is None  # no GPU, no figure of one
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_counts_its_own_memory_and_time(finetune):
+    arms = [finetune.Arm.parse(text) for text in ("adamw_torch_fused", "adamw:backend=loop+release")]
+    for result in (finetune.measure(job(finetune, device="cuda"), arm) for arm in arms):
+        assert "error" not in result, result
+        assert result["reserved_bytes"] >= result["peak_bytes"] >= result["warmup_peak_bytes"] > 0
+        assert result["peak_bytes"] > 2 * result["parameters"] + result["state_bytes"]
+        assert 0 < result["optimizer_seconds"] < result["step_seconds"]
+
+
 def test_the_loss_reaches_an_optimizer_that_needs_it(finetune):
     result = finetune.measure(job(finetune), finetune.Arm.parse("adalo:mode=compliant+release"))
     assert "error" not in result and len(result["losses"]) == 3
