@@ -365,8 +365,8 @@ def chosen_config(model: str) -> tuple[str, PreTrainedConfig]:
     path = Path(model)
     if not path.exists():
         raise typer.BadParameter(f"`--model` is {', '.join(CONFIGS)} or the path of a config, got {model!r}.")
-    name = path.stem if path.is_file() and path.name != "config.json" else Path(path, ".").resolve().name
-    return name, AutoConfig.from_pretrained(model)
+    named = path.parent if path.name == "config.json" else path
+    return named.stem if named.is_file() else named.resolve().name, AutoConfig.from_pretrained(model)
 
 
 def versions() -> dict:

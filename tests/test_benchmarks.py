@@ -93,6 +93,15 @@ def test_bad_input_is_refused_before_anything_runs(finetune, monkeypatch, tmp_pa
     assert words in result.output
 
 
+def test_a_config_names_its_file(finetune, tmp_path):
+    finetune.CONFIGS["tiny"].save_pretrained(tmp_path / "llama-3.1")
+    (tmp_path / "other.json").write_text((tmp_path / "llama-3.1" / "config.json").read_text())
+    for path, name in (("llama-3.1", "llama-3.1"), ("llama-3.1/config.json", "llama-3.1"), ("other.json", "other")):
+        found, config = finetune.chosen_config(str(tmp_path / path))
+        assert found == name and config.hidden_size == 64
+    assert finetune.chosen_config("tiny") == ("tiny", finetune.CONFIGS["tiny"])
+
+
 def test_release_changes_memory_and_nothing_else(finetune):
     ordinary, released = (
         finetune.measure(job(finetune), finetune.Arm.parse(f"adamw:precision=stochastic{mark}"))
