@@ -138,16 +138,17 @@ def result_table(record: dict) -> Table:
         caption=f"Mean ± standard deviation over {record['seeds']} seeds; {record['steps']} steps.\n"
         f"Training loss: the last {LAST} steps. Minus fp32: evaluation loss, seed by seed.",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         show_edge=False,
     )
-    for name in ("optimizer", "weights", "settings"):
+    for name in ("optimizer", "weights"):
         table.add_column(name, no_wrap=True)
     for name in ("B per\nparam", "training\nloss", "eval\nloss", "minus\nfp32"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in record["arms"]:
         losses = [figures(arm[key]) for key in ("train_loss", "eval_loss", "eval_loss_minus_fp32")]
-        settings = arm["settings"].replace(",", "\n")
-        table.add_row(arm["optim"], arm["dtype"], settings, f"{arm['bytes_per_parameter']:.2f}", *losses)
+        weights = "\n".join(filter(None, [arm["dtype"], *arm["settings"].split(",")]))
+        table.add_row(arm["optim"], weights, f"{arm['bytes_per_parameter']:.2f}", *losses)
     return table
 
 

@@ -269,7 +269,9 @@ def test_precision_table_plot_and_readme(script, monkeypatch, tmp_path):
     out = io.StringIO()
     Console(file=out, width=80).print(compare.result_table(record))
     rows = [line.split() for line in out.getvalue().splitlines() if line.strip()]
-    assert ["adamw", "bfloat16", "precision=nearest", "10.00", "4.9000", "5.9000", "0.1500"] in rows
+    assert ["adamw", "bfloat16", "10.00", "4.9000", "5.9000", "0.1500"] in rows
+    assert ["precision=nearest", "±", "0.4243", "±", "0.4243", "±", "0.0707"] in rows
+    assert "…" not in out.getvalue()
 
     (axes,) = compare.loss_curves(record).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
