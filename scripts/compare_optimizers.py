@@ -104,10 +104,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def machine() -> str:
-    if torch.accelerator.is_available():
-        return torch.get_device_module().get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def machine(device: torch.device | None = None) -> str:
+    """What `device` (default: the accelerator, if there is one) is."""
+    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def run(config: dict) -> dict:
@@ -190,10 +193,10 @@ def loss_curves(results: list[dict]) -> Figure:
     return figure
 
 
-def environment() -> dict:
+def environment(device: torch.device | None = None) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -3,7 +3,8 @@
 """Write the tables of the README: `python scripts/make_table.py [--check]`.
 
 The optimizers come from the registry, the comparison from `scripts/results/results.json`: what
-`python scripts/bootstrap.py demo --output_dir scripts/results` wrote.
+`python scripts/bootstrap.py demo --output_dir scripts/results` wrote. `python scripts/compare_precision.py` wrote
+`scripts/results/precision.json`.
 """
 
 import json
@@ -19,6 +20,7 @@ from hf_optim.core import FLAGS, STAGES
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "results" / "results.json"
 SHARDING = RESULTS.with_name("sharding.json")  # by scripts/compare_sharding.py
+PRECISION = RESULTS.with_name("precision.json")  # by scripts/compare_precision.py
 
 
 def optimizers() -> str:
@@ -101,7 +103,35 @@ def sharding() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"optimizers": optimizers, "flags": flags, "comparison": comparison}
+def precision() -> str:
+    """What bf16 weights cost in loss, for each way of rounding them."""
+    record = json.loads(PRECISION.read_text())
+    rows = [
+        "| optimizer | weights | settings | weights and state, bytes per parameter | eval loss | minus fp32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in record["arms"]:
+        loss, minus = (f"{of['mean']:.3f} ± {of['sd']:.3f}" for of in (arm["eval_loss"], arm["eval_loss_minus_fp32"]))
+        settings = f"`{arm['settings']}`" if arm["settings"] else ""
+        rows.append(
+            f"| `{arm['optim']}` | {arm['dtype']} | {settings} | {arm['bytes_per_parameter']:.2f} | {loss} | "
+            f"{'' if arm['dtype'] == 'float32' else minus} |"
+        )
+    rows += [
+        "",
+        f"Mean ± standard deviation over {record['seeds']} seeds, {record['steps']} steps; {record['date']}, "
+        f"{record['machine']}, torch {record['torch']}.",
+    ]
+    return "\n".join(rows)
+
+
+TABLES = {
+    "optimizers": optimizers,
+    "flags": flags,
+    "comparison": comparison,
+    "precision": precision,
+    "sharding": sharding,
+}
 
 
 def with_tables(text: str) -> str:
