@@ -60,7 +60,7 @@ class Optimizer(torch.optim.Optimizer):
     lr: float = hp(1e-3, "step size", ge=0)
     weight_decay: float = hp(0.0, "decay of the weights, multiplied by the step size", ge=0)
     backend: str = hp(
-        "auto", "eager loop, or fused by torch.compile; auto compiles large models", choices=("auto", "loop", "fused")
+        "auto", "eager loop, or compiled by Inductor; auto compiles large models", choices=("auto", "loop", "fused")
     )
     precision: str = hp(
         "nearest", "how bf16 weights are rounded after a step", choices=("nearest", "stochastic", "kahan")

@@ -1,12 +1,11 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The step as machine code: traced once per kind of tensor, cut where a reduction is waited for, compiled by Inductor.
+"""The step as machine code: traced once per kind of tensor, and compiled by Inductor.
 
 `torch.compile` would do for the code, not for the calls: its guards and wrappers cost tens of microseconds per tensor,
-more than the step of a small one. What they check is known here already (`kind`), and the sizes are checked once per
-plan (`Program.serves`). The cut serves large tensors: Inductor would store what a reduction and a later line both
-need (an update and its norm), as a temporary as large as the weight. Here every stage computes it again from weight,
-gradient and state, so that only vectors and scalars pass from one stage to the next.
+more than the step of a small one. What they check is known here already (`plan.kind`), and sizes are checked once per
+plan (`Program.serves`). Nor would it do for memory: what a reduction and a later line both need (an update, and its
+norm) it stores, a temporary as large as the weight. Here it is computed twice, from weight, gradient and state.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 
-VECTOR = 64  # elements: a multiple of every vector register
-LARGE = 1 << 18  # elements from which a tensor has stages of its own; below, temporaries stay in the cache
+REGISTER = 16  # fp32 elements of the widest vector register
+VECTOR = 64  # elements in a row of an elementwise tensor, whose shape plays no part
+LARGE = 1 << 18  # elements from which a tensor that is reduced is stepped alone: it fills the cache
 ROWS = 32  # of a block in which a CPU reduces over rows: the next line of memory of each is then near
 WIDTHS = 4  # lengths of rows that get code of their own, which is faster; further ones share code for any length
 VARIANTS = 12  # kinds of sizes that one step may be compiled for at all
@@ -84,23 +84,23 @@ def build(function: Traced, args: list[Tensor], large: bool, fixed: bool) -> Pro
     env = ShapeEnv(duck_shape=False)  # sizes that happen to be equal now need not be later
     mode = FakeTensorMode(shape_env=env)
     with torch.no_grad():
-        fakes = [_fake(mode, x, i, fixed) for i, x in enumerate(args)]
+        fakes: list[Any] = [_fake(mode, x, i, fixed) for i, x in enumerate(args)]
         table = BLOCKED if large and args[0].device.type == "cpu" else {}
         with mode:
             graph = make_fx(function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
         graph.eliminate_dead_code()
         _store_small(graph)
         with tracing(TracingContext(mode)):
-            code = torch._inductor.compile(GraphModule(torch.nn.Module(), graph), fakes, options=OPTIONS)
-    return Program(code, env.produce_guards_expression(placeholders=fakes), env)
+            code = torch._inductor.compile(GraphModule(torch.nn.Module(), graph), list(fakes), options=OPTIONS)
+    return Program(code, env.produce_guards_expression(fakes), env)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, fixed: bool) -> Tensor:
     sizes = [DimDynamic.DYNAMIC] * x.ndim
-    if fixed and x.ndim > 1 and x.shape[-1] % 16 == 0:
+    if fixed and x.ndim > 1 and x.shape[-1] % REGISTER == 0:
         sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
-    context, source = StatelessSymbolicContext(dynamic_sizes=sizes), LocalSource(f"t{position}")
-    return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=source)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
 
 
 def _hint(size: Any) -> int:

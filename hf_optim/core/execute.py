@@ -1,6 +1,6 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to run a call: tensor by tensor in eager PyTorch, or several tensors fused by `torch.compile`."""
+"""Ways to run a call: tensor by tensor in eager PyTorch, or several tensors in one piece of compiled code."""
 
 from __future__ import annotations
 

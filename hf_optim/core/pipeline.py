@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one step: read, gradient stage, update, update stage, decay stage, step stage, parameter stage, write.
 
-`step_tensor` is what the loop calls, what `torch.compile` fuses and what runs inside backward under gradient release.
+`step_tensor` is what the loop calls, what Inductor compiles and what runs inside backward under gradient release.
 """
 
 from __future__ import annotations
