@@ -36,8 +36,8 @@ class SMMF(Optimizer):
         (m, n), row = matrix(p.shape, h), 0 if h.matricize == "rows" and p.ndim else None
         slots = {"row_v": Slot((m,), (row,)), "col_v": Slot((n,), (None,))}
         if h.beta1 is not None:
-            slots |= {"row_m": Slot((m,), (row,)), "col_m": Slot((n,), (None,))}
-            slots["signs"] = Slot((m, -(-n // 8)), (row, None), dtype=torch.uint8)
+            signs = Slot((m, -(-n // 8)), (row, None), dtype=torch.uint8)
+            slots |= {"row_m": slots["row_v"], "col_m": slots["col_v"], "signs": signs}
         return slots
 
     @staticmethod
@@ -59,8 +59,8 @@ class SMMF(Optimizer):
 
     @staticmethod
     def refuses(h):
-        idle = {} if h.beta1 else {name: "it needs `beta1`" for name in ("cautious", "growth")}
-        return idle | {"softplus_bias": "no bias is corrected"}
+        idle = () if h.beta1 else ("cautious", "growth")
+        return {"softplus_bias": "no bias is corrected", **dict.fromkeys(idle, "it needs `beta1`")}
 
     @staticmethod
     def needs_whole(h):
@@ -76,6 +76,5 @@ def matrix(shape, h):
 
 def factors(x):
     """Row sums, and column sums over the total: their outer product has the row and column sums of x."""
-    col = summed(x, 0)
-    total = col.sum()
+    total = (col := summed(x, 0)).sum()
     return x.sum(1), col / total.where(total > 0, 1.0)
