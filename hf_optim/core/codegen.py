@@ -50,11 +50,11 @@ class Program:
     """Compiled code, and the condition on the sizes of its arguments that it was compiled under."""
 
     code: Callable[..., Sequence[Tensor]]
-    condition: str | None
+    condition: str
     env: ShapeEnv
 
     def serves(self, args: Sequence[Tensor]) -> bool:
-        return self.condition is None or bool(self.env.evaluate_guards_expression(self.condition, args))
+        return bool(self.env.evaluate_guards_expression(self.condition or "True", args))
 
 
 @dataclass
@@ -92,13 +92,16 @@ def build(function: Traced, args: list[Tensor], large: bool, fixed: bool) -> Pro
         _store_small(graph)
         with tracing(TracingContext(mode)):
             code = torch._inductor.compile(GraphModule(torch.nn.Module(), graph), list(fakes), options=OPTIONS)
-    return Program(code, env.produce_guards_expression(fakes), env)
+    sources: list[Any] = [LocalSource(f"t{i}") for i in range(len(fakes))]
+    guards = env.produce_guards(fakes, sources, ignore_static=False)
+    return Program(code, " and ".join(g for g in guards if "storage_offset" not in g), env)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, fixed: bool) -> Tensor:
     sizes = [DimDynamic.DYNAMIC] * x.ndim
     if fixed and x.ndim > 1 and x.shape[-1] % REGISTER == 0:
         sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
+    x = x.as_strided(x.shape, x.stride(), 0)  # where in its storage a tensor begins is nothing to the code
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
 
