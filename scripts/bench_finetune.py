@@ -10,8 +10,8 @@ Measures full-parameter fine-tuning steps of a Llama: peak memory and speed, one
 `--optim` takes any name of `Trainer --optim`, then `:` and what `--optim_args` would hold, then `+release` to step
 inside backward and free every gradient at once. Each one runs in a fresh process, so that no peak holds memory of
 another and running out of memory ends one process only. Weights are bf16 and random (made from the config, on the
-device), activations are checkpointed, the text is Shakespeare, gradients are not clipped. The results of one day,
-machine, set of versions and settings share a file: what is measured again replaces its row.
+device), activations are checkpointed, the text is Shakespeare, gradients are not clipped. The results of one machine,
+set of versions and settings share a file, each with its date: what is measured again replaces its row.
 """
 
 import importlib.metadata
@@ -375,10 +375,10 @@ def versions() -> dict:
 
 
 def earlier(path: Path, head: dict, texts: list[str]) -> list[dict]:
-    """Results in the file that were measured under the same head and are not measured again."""
+    """Results in the file that were measured under the same head, the date aside, and are not measured again."""
     old = json.loads(path.read_text()) if path.exists() else {}
     results = old.pop("results", [])
-    return [r for r in results if r["optim"] not in texts] if old == head else []
+    return [r for r in results if r["optim"] not in texts] if old | {"date": head["date"]} == head else []
 
 
 def bench(
@@ -421,7 +421,7 @@ def run_all(job: Job, arms: list[Arm], name: str, output_dir: Path, console: Con
     record = {**head, "results": earlier(path, head, [arm.text for arm in arms])}
     for arm in arms:
         console.rule(arm.text)
-        record["results"].append(measure_alone(job, arm))
+        record["results"].append({**measure_alone(job, arm), "date": head["date"]})
         path.write_text(json.dumps(record, indent=1) + "\n")  # after each: what there is survives an interruption
         bars(record).savefig(path.with_suffix(".png"))
     console.print(result_table(record))

@@ -191,9 +191,10 @@ def test_table_ratios_and_bars(finetune):
     assert [text.get_text() for text in left.texts] == ["21", "out of memory", "70"]
 
 
-def test_only_results_of_the_same_day_machine_and_settings_share_a_file(finetune, tmp_path):
+def test_only_results_of_the_same_machine_and_settings_share_a_file(finetune, tmp_path):
     record = made_up_record()
-    head = {key: value for key, value in record.items() if key != "results"}
+    record["date"] = "yesterday"
+    head = {**{key: value for key, value in record.items() if key != "results"}, "date": "today"}
     path = tmp_path / "finetune.json"
     assert finetune.earlier(path, head, []) == []
     path.write_text(json.dumps(record))
