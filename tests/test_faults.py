@@ -584,7 +584,7 @@ def asking_for_the_state_dict_counts_as_a_step(patch):
 
 @caught_by(release_tests.test_the_weights_move_inside_backward, "adamw")
 def released_gradient_thrown_away(patch):
-    patch.setattr(release.Release, "_step", lambda self, position, p, index: None)
+    patch.setattr(release.Release, "_step", lambda self, part: None)
 
 
 @caught_by(hazards.test_nsgda_of_the_model_refuses_gradient_release)

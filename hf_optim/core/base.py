@@ -93,9 +93,9 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @staticmethod
-    def averages(p: Tensor, h: Any) -> dict[str, tuple[float, float]]:
-        """`{"m": (decay, share)}` where `m <- decay m + share g` is all that `update` makes of g: such buffers can take
-        the gradients of micro-batches one by one, so that gradients are accumulated without being kept."""
+    def averages(h: Any) -> dict[str, tuple[float, float]]:
+        """`{"m": (decay, share)}` where `m <- decay m + share g` is all that `update` makes of g. Such a buffer can take
+        the gradients of micro-batches one by one: none has to be kept until the step."""
         return {}
 
     @staticmethod
@@ -352,8 +352,8 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}: `step(scaler=...)` needs a closure that returns the loss")
         if self._release is not None or self.param_groups[0]["gradient_release"]:
             raise ValueError(
-                f"{type(self).__name__}: a gradient scaler looks at all gradients before a step, and released ones are "
-                "gone by then; compute in bf16 without a scaler, or drop gradient release"
+                f"{type(self).__name__}: a gradient scaler looks at all gradients before a step, when released ones "
+                "are gone; compute in bf16 without a scaler, or drop gradient release"
             )
         with torch.enable_grad():
             loss = closure()

@@ -115,7 +115,7 @@ class Release:
             self.values[key] = self.optimizer._host_scalars(call.group, flags, t)
         ((salt, offset),) = execute.salts(call, call.group["seed"], t)
         g, h = item.gradient(spec.elementwise), spec.hyper(self.values[key])
-        absorb_tensor(spec, item.weight, g, item.bufs, h, salt, offset, part.absorbed)
+        absorb_tensor(spec, g, item.bufs, h, salt, offset, part.absorbed)
 
     # ---- what is kept from step to step ----------------------------------------------------------------------------
     def _open(self) -> None:
@@ -186,8 +186,8 @@ class Release:
             self.absorbing = False
 
     def _refuse_accumulation(self) -> None:
-        for part in self.parts:
-            reason = cannot_absorb(type(self.optimizer), self.optimizer.param_groups[part.position], part.p)
+        for group in self.optimizer.param_groups:
+            reason = cannot_absorb(type(self.optimizer), group)
             if reason:
                 raise ValueError(
                     f"{type(self.optimizer).__name__} cannot accumulate gradients while it releases them: {reason}. "
@@ -226,7 +226,7 @@ class Release:
         self.optimizer._release = None
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused ------------------------------------------------------------------------------------------------
 def refuse_gradients(optimizer: Optimizer) -> None:
     """Raise where `step()` finds a gradient that should have been released."""
     owner = type(optimizer).__name__
@@ -243,25 +243,19 @@ def refuse_gradients(optimizer: Optimizer) -> None:
         )
 
 
-def cannot_absorb(cls: type[Optimizer], values: Mapping[str, Any], p: Tensor) -> str:
-    """Why the state of a parameter cannot take the gradients of micro-batches one by one; empty if it can."""
-    h = View({**values, **cls.scalars(1, View(dict(values)))})
+def cannot_absorb(cls: type[Optimizer], options: Mapping[str, Any]) -> str:
+    """Why the state of an optimizer cannot take the gradients of micro-batches one by one; empty if it can."""
+    values = {"schedule": 1.0, **cls.completed(options)}
+    h = View(values | cls.scalars(1, View(values)))
     for flag in chosen(values, cls.flags()):
         if flag.reads_gradient or flag.acts_at(h) == "gradient":
             return f"`{flag.flag}={flag.value}` looks at the gradient of the whole step"
-    averages = cls.averages(p, h)
+    averages = cls.averages(h)
     if not averages:
         return "it makes more of the gradient of a step than an average"
     if not all(decay for decay, _ in averages.values()):
         return "its average has a decay of 0, so it keeps nothing of an earlier micro-batch"
     return ""
-
-
-def cannot_absorb_any(cls: type[Optimizer], options: Mapping[str, Any]) -> str:
-    """[`cannot_absorb`] for a model, which has matrices and vectors."""
-    values = cls.completed(options)
-    reasons = (cannot_absorb(cls, values, torch.empty(shape, device="meta")) for shape in ((2, 2), (2,)))
-    return next(filter(None, reasons), "")
 
 
 def able() -> list[str]:
@@ -272,6 +266,6 @@ def able() -> list[str]:
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
-        if cls.averages is not Optimizer.averages and not cannot_absorb_any(cls, {}):
+        if not cannot_absorb(cls, {}):
             found.add(cls.__name__)
     return sorted(found)

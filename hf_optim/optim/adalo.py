@@ -60,7 +60,7 @@ class AdaLo(Optimizer):
         return s.m, h.eta
 
     @staticmethod
-    def averages(p, h):
+    def averages(h):
         return {"m": (h.beta1, 1 - h.beta1)}
 
     @staticmethod

@@ -49,10 +49,6 @@ class Muon(AdamW):
         return size * orthogonalize(unsharded(x), h).reshape(g.shape)
 
     @staticmethod
-    def averages(p, h):
-        return {"b": (h.momentum, 1 - h.momentum)} if is_muon(p, h) and not h.nesterov else {}
-
-    @staticmethod
     def options_for(at, h):
         other = isinstance(at.module, (torch.nn.Embedding, torch.nn.Conv1d)) or "lora_" in at.name
         if at.p.ndim < 2 or at.is_output or other or at.is_target is False:

@@ -54,7 +54,7 @@ class NSGDA(Optimizer):
         return size * s.m / (norm2**0.5 + h.floor)
 
     @staticmethod
-    def averages(p, h):
+    def averages(h):
         return {"m": (h.momentum, 1 - h.momentum)}
 
     @staticmethod

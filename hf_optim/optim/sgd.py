@@ -37,7 +37,7 @@ class SGD(Optimizer):
         return s.m
 
     @staticmethod
-    def averages(p, h):
+    def averages(h):
         return {"m": (h.momentum, h.fresh)}
 
     @staticmethod
