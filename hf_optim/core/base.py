@@ -94,8 +94,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @staticmethod
     def averages(h: Any) -> dict[str, tuple[float, float]]:
-        """`{"m": (decay, share)}` where `m <- decay m + share g` is all that `update` makes of g. Such a buffer can take
-        the gradients of micro-batches one by one: none has to be kept until the step."""
+        """`{"m": (decay, share)}` where `m <- decay m + share g` is all that `update` makes of g. Such a buffer can
+        take the gradients of micro-batches one by one: none has to be kept until the step."""
         return {}
 
     @staticmethod

@@ -29,8 +29,7 @@ class Part:
     p: Tensor
     position: int  # of its group
     index: int
-    spec: Spec | None = None
-    item: Item | None = None
+    item: tuple[Spec, Item] | None = None  # the spec lacks the scalars of a step
     call: Call | None = None
     window: Any = None  # the step that it took part in last
     absorbed: int = 0  # gradients that its state has taken since
@@ -87,26 +86,27 @@ class Release:
         return hook
 
     def _step(self, part: Part) -> None:
-        if self.scalars is None:
-            self._open()
-        if part.window is self.scalars:
+        scalars = self._open() if self.scalars is None else self.scalars
+        if part.window is scalars:
             raise RuntimeError(
                 f"{type(self.optimizer).__name__}: a second gradient arrived before step(). Gradient release cannot "
                 "accumulate gradients unasked, nor run with reentrant checkpointing: call step() after every "
                 "backward(), or put the backward() of all micro-batches but the last inside `with "
                 "handle.accumulate():`; and use `use_reentrant=False`"
             )
-        part.window, part.absorbed = self.scalars, 0
+        part.window, part.absorbed = scalars, 0
         if part.p.numel():
-            call = self._call(part)
-            self.used += self.optimizer._run_call(call, self._values(call), self.numel)
+            call = self._call(part, scalars)
+            key = (call.position, call.t, call.items[0].weight.device)
+            if key not in self.values:
+                self.values[key] = self.optimizer._values(call, scalars)
+            self.used += self.optimizer._run_call(call, self.values[key], self.numel)
 
     def _absorb(self, part: Part) -> None:
         part.absorbed += 1
         if not part.p.numel():
             return
-        item, spec = self._item(part), part.spec
-        assert spec is not None
+        spec, item = self._item(part)
         call = Call(part.position, self.optimizer.param_groups[part.position], spec, None, [item])
         t = call.t + 1
         key = (part.position, t)
@@ -118,11 +118,11 @@ class Release:
         absorb_tensor(spec, g, item.bufs, h, salt, offset, part.absorbed)
 
     # ---- what is kept from step to step ----------------------------------------------------------------------------
-    def _open(self) -> None:
+    def _open(self) -> list[dict[str, Tensor]]:
         self.optimizer._materialize()
-        self.scalars = self.optimizer._begin()
-        self.used = []
+        self.scalars, self.used = self.optimizer._begin(), []
         self._refresh()
+        return self.scalars
 
     def _refresh(self) -> None:
         """Forget the values of the last window, and calls that were made for other options."""
@@ -135,29 +135,20 @@ class Release:
             for part in self.parts:
                 part.item = part.call = None
 
-    def _item(self, part: Part) -> Item:
-        optimizer, item = self.optimizer, part.item
-        state = optimizer.state[part.p]
-        if item is None or item.state is not state or not item.current():
-            part.call, part.spec = None, optimizer.spec(optimizer.param_groups[part.position], part.p, {})
-            part.item = item = make_item(part.spec, part.p, state, part.index)
-        return item
+    def _item(self, part: Part) -> tuple[Spec, Item]:
+        optimizer, state = self.optimizer, self.optimizer.state[part.p]
+        if part.item is None or part.item[1].state is not state or not part.item[1].current():
+            spec = optimizer.spec(optimizer.param_groups[part.position], part.p, {})
+            part.item, part.call = (spec, make_item(spec, part.p, state, part.index)), None
+        return part.item
 
-    def _call(self, part: Part) -> Call:
-        item = self._item(part)
+    def _call(self, part: Part, scalars: list[dict[str, Tensor]]) -> Call:
+        _, item = self._item(part)
         if part.call is None:
-            assert self.scalars is not None
             group = self.optimizer.param_groups[part.position]
-            spec = self.optimizer.spec(group, part.p, self.scalars[part.position])
+            spec = self.optimizer.spec(group, part.p, scalars[part.position])
             part.call = Call(part.position, group, spec, kind(spec, item), [item])
         return part.call
-
-    def _values(self, call: Call) -> dict[str, Any]:
-        assert self.scalars is not None
-        key = (call.position, call.t, call.items[0].weight.device)
-        if key not in self.values:
-            self.values[key] = self.optimizer._values(call, self.scalars)
-        return self.values[key]
 
     # ---- windows ---------------------------------------------------------------------------------------------------
     @contextmanager
@@ -252,9 +243,9 @@ def cannot_absorb(cls: type[Optimizer], options: Mapping[str, Any]) -> str:
             return f"`{flag.flag}={flag.value}` looks at the gradient of the whole step"
     averages = cls.averages(h)
     if not averages:
-        return "it makes more of the gradient of a step than an average"
+        return f"{cls.__name__} makes more of the gradient of a step than an average"
     if not all(decay for decay, _ in averages.values()):
-        return "its average has a decay of 0, so it keeps nothing of an earlier micro-batch"
+        return f"the average of {cls.__name__} has a decay of 0 and keeps nothing of an earlier micro-batch"
     return ""
 
 

@@ -67,7 +67,7 @@ def _no_accumulation(info: OptimInfo, options: Mapping[str, Any]) -> str:
     infos = map(registry.info, registry.list_optimizers())
     able = [i.name for i in infos if not cannot_absorb(i.cls, i.preset)]
     return (
-        f"with {info.name} {reason}. With default options {', '.join(able)} can accumulate released gradients; else "
+        f"{reason}. With default options {', '.join(able)} can accumulate released gradients; else "
         "set `--gradient_accumulation_steps 1` and a larger `--per_device_train_batch_size`"
     )
 
