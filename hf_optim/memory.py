@@ -36,7 +36,7 @@ class MemoryEstimate:
 
     Args:
         weights (`int`): parameters, in the dtype they are kept in, and buffers of the model.
-        gradients (`int`): all of them, or with `release` those that exist at the same time.
+        gradients (`int`): all of them, or with `gradient_release` those that exist at the same time.
         buckets (`int`): DDP's copies of the gradients, which it sends.
         state (`int`): of the optimizer.
         temporaries (`int`): the most that the step itself holds at a time.
@@ -97,7 +97,6 @@ def estimate_memory(
     world: int = 1,
     rank: int = 0,
     mixed_precision: str = "no",
-    release: bool = False,
     **options: Any,
 ) -> MemoryEstimate:
     """Predict the memory of training `model` with an optimizer. The model may be on the meta device.
@@ -109,8 +108,7 @@ def estimate_memory(
         world (`int`, *optional*, defaults to 1): number of ranks.
         rank (`int`, *optional*, defaults to 0): the one to predict; rank 0 has the most under FSDP2.
         mixed_precision (`str`, *optional*, defaults to `"no"`): that of accelerate: `"no"`, `"bf16"` or `"fp16"`.
-        release (`bool`, *optional*, defaults to `False`): gradients are released, [`Optimizer.release_gradients`].
-        options: of the optimizer, as for [`create`].
+        options: of the optimizer, as for [`create`]; `gradient_release=True` leaves one gradient at a time.
 
     Raises:
         `ValueError`, `TypeError`: for an unknown name or option, or an optimizer that cannot be used in this way.
@@ -124,22 +122,20 @@ def estimate_memory(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    several = world > 1 and layout == "ddp"
-    if release and several:
-        raise ValueError(f"{name}: under DDP gradients are averaged after they would be released; use FSDP2")
+    release = found.cls.completed(options)["gradient_release"]
     with sharding.imagined(world, rank) if layout == "fsdp2" else nullcontext() as mesh:
         for _ in range(2 if layout == "fsdp2" else 1):  # DTensor rehearses what it has not done before
             optimizer, counts = _stand_ins(found.cls, model, options, run, mesh)
             if release:
                 optimizer.release_gradients().remove()  # raises where it cannot be done
             state = _state(optimizer, counts)
-            temporaries = _temporaries(optimizer, counts, options.get("backend", "auto"), release)
+            temporaries = _temporaries(optimizer, counts, options.get("backend", "auto"))
     gradients = sum(run.held(p) for p in trained)
     return MemoryEstimate(
         name,
         weights=sum(run.held(p) for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
         gradients=_released(model, run) if release else gradients,
-        buckets=gradients if several else 0,
+        buckets=gradients if world > 1 and layout == "ddp" else 0,
         state=state,
         temporaries=temporaries,
     )
@@ -173,7 +169,7 @@ def _state(optimizer: Optimizer, counts: dict[Tensor, int]) -> int:
     return total
 
 
-def _temporaries(optimizer: Optimizer, counts: dict[Tensor, int], backend: str, release: bool) -> int:
+def _temporaries(optimizer: Optimizer, counts: dict[Tensor, int], backend: str) -> int:
     """The most that is alive at a time of what a step allocates. Tensors follow one another: the largest decides."""
     loss = torch.zeros((), device="meta") if optimizer.needs_loss else None
     total, peak = sum(p.numel() * count for p, count in counts.items()), 0
@@ -183,7 +179,7 @@ def _temporaries(optimizer: Optimizer, counts: dict[Tensor, int], backend: str, 
             with _Live() as live:
                 optimizer.step(loss=loss)
             p.grad = None
-            spec, chosen = optimizer.spec(group, p, {}), execute.resolve(backend, p.numel() if release else total)
+            spec, chosen = optimizer.spec(group, p, {}), execute.resolve(backend, total)
             compiled = execute.fusable(spec, p, chosen) and not live.products and not optimizer.all_sums(group)
             peak = max(peak, _compiled(spec, p, optimizer.state[p]) if compiled else live.peak)
     return peak

@@ -19,14 +19,15 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Register the names, deliver the loss from every accelerator, log the step size of every Trainer and let it
-    resume from complete checkpoints only; idempotent."""
+    """Register the names, deliver the loss from every accelerator and release gradients in its backward, log the step
+    size of every Trainer and let it resume from complete checkpoints only; idempotent."""
     from accelerate import Accelerator
     from transformers import Trainer
 
     import hf_optim
 
     from .trainer.loss import LossAwareMixin, add_effective_lr, delivering, divide_once
+    from .trainer.release import unclipped
     from .trainer.resume import complete_checkpoint, withdraw_checkpoint
 
     names = os.environ.get("HF_OPTIM_REPLACE", "")
@@ -34,6 +35,7 @@ def prepare() -> None:
     if getattr(Accelerator.backward, "_delivers_loss", False):
         return
     Accelerator.backward = delivering(Accelerator.backward)
+    Accelerator.clip_grad_norm_ = unclipped(Accelerator.clip_grad_norm_)
     create, report = Trainer.create_accelerator_and_postprocess, Trainer.log
     start, save = Trainer.train, Trainer._save_checkpoint
 

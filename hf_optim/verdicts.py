@@ -28,6 +28,7 @@ TAKEN_APART = {  # what such a layout hands to the optimizer in place of the wei
     "zero": "one flat vector cut across all of them; use FSDP2 or DDP",
     "tp": "shards along any axis, which is not tested; use FSDP2 or DDP",
 }
+RELEASED_IN = {"single", "fsdp2"}  # where a gradient is complete when its hook runs
 MATRIX_COST = "collectives for each tensor in every step"
 SUMS_COST = "a reduction of a few numbers over the ranks in every step"
 
@@ -74,6 +75,9 @@ def decide(cls: type[Optimizer], options: Mapping[str, Any], layout: Layout) -> 
     values = cls.completed(options)
     if layout.swap:
         return Verdict(layout, layout.swap)
+    if values["gradient_release"] and layout.kind not in RELEASED_IN:
+        why = "`gradient_release=true` needs a complete gradient for each weight when its hook runs, which it is not"
+        return Verdict(layout, f"{why} under {TITLES[layout.kind]}; use FSDP2, or drop it")
     costs = ["steps on the CPU"] if layout.offload else []
     reason = ""
     if layout.kind == "fsdp2":

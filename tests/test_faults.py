@@ -584,7 +584,23 @@ def asking_for_the_state_dict_counts_as_a_step(patch):
 
 @caught_by(release_tests.test_the_weights_move_inside_backward, "adamw")
 def released_gradient_thrown_away(patch):
-    patch.setattr(release.Release, "_step", lambda self, position, p, index: None)
+    patch.setattr(release.Release, "_step", lambda self, part: None)
+
+
+@caught_by(release_tests.test_accumulated_steps_are_the_ordinary_steps, "nsgda", "plain")
+def absorbed_gradients_that_the_step_decays(patch):
+    patch.setattr(NSGDA, "averages", staticmethod(lambda h: {"m": (1.0, 1 - h.momentum)}))
+
+
+@caught_by(release_tests.test_accumulated_steps_are_the_ordinary_steps, "nsgda", "plain")
+def no_step_without_a_gradient_in_the_last_micro_batch(patch):
+    patch.setattr(release.Release, "finish", release.Release.forget)
+
+
+@caught_by(release_tests.test_every_micro_batch_is_rounded_by_noise_of_its_own)
+def micro_batches_that_share_their_noise(patch):
+    absorb = release.absorb_tensor
+    patch.setattr(release, "absorb_tensor", lambda *args: absorb(*args[:-1], 1))
 
 
 @caught_by(hazards.test_nsgda_of_the_model_refuses_gradient_release)

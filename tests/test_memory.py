@@ -125,7 +125,7 @@ def test_frozen_weights_have_neither_gradient_nor_state():
 
 def test_the_model_is_left_alone():
     net = TINY["gpt2"]()
-    hf_optim.estimate_memory(net, "adamw", release=True)
+    hf_optim.estimate_memory(net, "adamw", gradient_release=True)
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in net.parameters())
 
 
@@ -166,11 +166,11 @@ def test_a_compiled_step_stays_below_its_bound(name, count):
 
 def test_released_gradients():
     net = TINY["llama"]()
-    full, released = (hf_optim.estimate_memory(net, "smmf", backend="loop", release=r) for r in (False, True))
+    full, released = (hf_optim.estimate_memory(net, "smmf", backend="loop", gradient_release=r) for r in (False, True))
     assert released.gradients == max(p.nbytes for p in net.parameters()) < full.gradients
     assert (released.state, released.temporaries) == (full.state, full.temporaries)
     with pytest.raises(ValueError, match="needs all gradients at once"):
-        hf_optim.estimate_memory(net, "am_sgd", release=True)
+        hf_optim.estimate_memory(net, "am_sgd", gradient_release=True)
 
 
 # ---- many devices ------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def check_release(expected):
 
 def test_released_shards_come_by_layer():
     net = TINY["gpt2"]()
-    released = hf_optim.estimate_memory(net, "adamw", layout="fsdp2", world=2, release=True).gradients
+    released = hf_optim.estimate_memory(net, "adamw", layout="fsdp2", world=2, gradient_release=True).gradients
     assert released < hf_optim.estimate_memory(net, "adamw", layout="fsdp2", world=2).gradients
     launch(2, check_release, released)
 
@@ -363,7 +363,8 @@ def test_lora_trains_the_adapters(folder):
         (("gpt2", "--mixed-precision", "fp8"), "must be one of no, bf16, fp16, got 'fp8'"),
         (("gpt2", "--world", "2"), "`world=2` needs `layout='ddp'` or `layout='fsdp2'`"),
         (("gpt2", "--ddp", "--fsdp2"), "not both"),
-        (("gpt2", "--ddp", "--world", "2", "--release"), "no optimizer can do that; the first says: adamw: under DDP"),
+        (("gpt2", "--ddp", "--world", "2", "--release"), "the first says: adamw cannot be used under ddp"),
+        (("gpt2", "--release", "--optim-args", "gradient_release=false"), "--release, or `gradient_release` in"),
         (("nothing",), "Give a config.json"),
     ],
 )

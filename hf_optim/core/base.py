@@ -18,14 +18,14 @@ from . import checkpoint, execute, plan, precision, sharding
 from .flags import FLAGS, Flag, chosen, switch, techniques
 from .options import Option, collect, hp, unknown
 from .pipeline import KAHAN, Spec, View, measure_tensor
-from .release import Release
+from .release import Release, refuse_gradients
 from .sharding import Slot
 
 
 logger = logging.getLogger(__name__)
 
 DYNAMIC = ("lr", "weight_decay")  # change from step to step without recompiling
-ENGINE = ("backend", "precision", "state_dtype", "seed")
+ENGINE = ("backend", "precision", "state_dtype", "seed", "gradient_release")
 TAGS = ("params", "param_names", "initial_lr", "name")  # group keys of torch, its schedulers and Lightning
 
 
@@ -69,6 +69,7 @@ class Optimizer(torch.optim.Optimizer):
         "float32", "storage of parameter-sized state; bf16 is rounded stochastically", choices=("float32", "bfloat16")
     )
     seed: int = hp(0, "seed of stochastic rounding", ge=0)
+    gradient_release: bool = hp(False, "step each parameter inside backward, and free its gradient at once")
 
     # ---- what one paper's file says ------------------------------------------------------------------------------
     elementwise: ClassVar[bool] = False  # no reductions: tensors may be seen flat and shard by shard
@@ -90,6 +91,12 @@ class Optimizer(torch.optim.Optimizer):
     def update(g: Tensor, p: Tensor, s: Any, h: Any) -> Any:
         """The direction `u` of `p <- p - lr u`, or `(u, lr)`. Pure: `s.m = ...` is stored back by the engine."""
         raise NotImplementedError
+
+    @staticmethod
+    def averages(h: Any) -> dict[str, tuple[float, float]]:
+        """`{"m": (decay, share)}` where `m <- decay m + share g` is all that `update` makes of g. Such a buffer can
+        take the gradients of micro-batches one by one: none has to be kept until the step."""
+        return {}
 
     @staticmethod
     def scalars(t: int, h: Any) -> dict[str, float]:
@@ -276,6 +283,11 @@ class Optimizer(torch.optim.Optimizer):
         if self.param_groups:  # a group that joins later has missed the steps so far
             first = self.param_groups[0]
             group |= {k: first[k] for k in ("step", *self.shared)}
+            if group["gradient_release"] != first["gradient_release"]:
+                raise ValueError(
+                    f"{type(self).__name__}: `gradient_release` must be the same in all groups, got "
+                    f"{first['gradient_release']} and {group['gradient_release']}"
+                )
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex() or not p.is_floating_point():
@@ -338,6 +350,11 @@ class Optimizer(torch.optim.Optimizer):
     def _scaled_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
             raise ValueError(f"{type(self).__name__}: `step(scaler=...)` needs a closure that returns the loss")
+        if self._release is not None or self.param_groups[0]["gradient_release"]:
+            raise ValueError(
+                f"{type(self).__name__}: a gradient scaler looks at all gradients before a step, when released ones "
+                "are gone; compute in bf16 without a scaler, or drop gradient release"
+            )
         with torch.enable_grad():
             loss = closure()
             scaler.scale(loss).backward()
@@ -355,6 +372,7 @@ class Optimizer(torch.optim.Optimizer):
         if not self.state and self._is_template_step():
             self._materialize()
             return
+        refuse_gradients(self)
         if self._plan is not None and not self._plan.current(self):
             self._plan = None
         if self._plan is None:
@@ -477,30 +495,32 @@ class Optimizer(torch.optim.Optimizer):
         self._loss = self._loss if self.keeps_loss else None
         return made
 
-    def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]], numel: int) -> None:
+    def _plainly(self) -> Any:
+        """A step inside an autocast block is the step outside."""
         kind = self._device().type
-        plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-        with plain:  # a step inside an autocast block is the step outside
-            self._run_exactly(calls, scalars, numel)
+        return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
-    def _run_exactly(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]], numel: int) -> None:
-        values = [self._values(call, scalars) for call in calls]
-        self._measure(calls, values)
-        used: list[Any] = []
-        for call, value in zip(calls, values):
-            t = call.t + 1
-            backend = execute.resolve(call.group["backend"], numel)
-            sizes = execute.run(call, value, execute.salts(call, call.group["seed"], t), backend)
-            used.append((sizes, call.items))
-            for item in call.items:
-                item.state["step"] = t
-        self._used = used
+    def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]], numel: int) -> None:
+        with self._plainly():
+            values = [self._values(call, scalars) for call in calls]
+            self._measure(calls, values)
+            self._used = [(self._run_call(call, value, numel), call.items) for call, value in zip(calls, values)]
+
+    def _run_call(self, call: plan.Call, values: dict[str, Any], numel: int) -> list[Any]:
+        """One call of a step of `numel` elements in all. Returns the step sizes of its items."""
+        t = call.t + 1
+        backend = execute.resolve(call.group["backend"], numel)
+        sizes = execute.run(call, values, execute.salts(call, call.group["seed"], t), backend)
+        for item in call.items:
+            item.state["step"] = t
+        return sizes
 
     def _values(self, call: plan.Call, scalars: list[dict[str, Tensor]]) -> dict[str, Any]:
-        group = call.group
+        group, device = call.group, call.items[0].weight.device
         fixed: dict[str, Any] = {name: float(group[name]) for name in DYNAMIC}
         flags = tuple(flag for flag, _ in call.spec.flags)
-        return fixed | self._host_scalars(group, flags, call.t + 1) | scalars[call.position]
+        shared = {name: x.to(device, non_blocking=True) for name, x in scalars[call.position].items()}
+        return fixed | self._host_scalars(group, flags, call.t + 1) | shared
 
     def _measure(self, calls: list[plan.Call], values: list[dict[str, Any]]) -> None:
         """Whole-model sums: one pass over the tensors that add to them, one reduction per device mesh."""
@@ -519,9 +539,10 @@ class Optimizer(torch.optim.Optimizer):
         device = self._device()
         full = {name: sum(sharding.whole(x, device) for x in sums.values()) for name, sums in totals.items()}
         for call, value, wanted in zip(calls, values, names):
-            value |= {name: full[name] for name in wanted}
             own = call.items[0].weight.device
-            value |= {name: x.to(own, non_blocking=True) for name, x in value.items() if isinstance(x, Tensor)}
+            for name in wanted:
+                x = full[name]
+                value[name] = x.to(own, non_blocking=True) if isinstance(x, Tensor) else x
 
     def effective_lr(self) -> float | None:
         """The step size of the last step, averaged over all weights it moved; None before the first step.
@@ -539,10 +560,12 @@ class Optimizer(torch.optim.Optimizer):
     def release_gradients(self) -> Release:
         """Step each parameter inside backward, as soon as its gradient is complete, and free the gradient.
 
-        Call `report_loss` (where needed) before `backward()`, and `step()` after every `backward()` as usual.
+        Call `report_loss` (where needed) before `backward()`, and `step()` after it as usual. In a Trainer the option
+        `gradient_release=true` does all this.
 
         Returns:
-            A handle whose `remove()` goes back to ordinary steps.
+            [`Release`]: a handle. `with handle.accumulate():` goes around the backward of every micro-batch of a step
+            but the last; `remove()` goes back to ordinary steps.
 
         Raises:
             `ValueError`: if an option needs all gradients at once, or several ranks average plain gradients later.
@@ -564,8 +587,13 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             `ValueError`: if it is another optimizer's, or a shape differs; nothing has been changed then.
         """
+        here = self.param_groups[0]["gradient_release"]
         checkpoint.load(self, state_dict, super().load_state_dict)
         self._plan = None
+        for group in self.param_groups:
+            group["gradient_release"] = here  # an affair of the run, whose hooks and clipping are what they are
+        if self._release is not None:
+            self._release.forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -94,7 +94,7 @@ def _tell_overridden(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None
     differ = {
         f"`{name}` {group[name]!r} (not {now[name]!r})"
         for group, now in zip(groups, optimizer.param_groups)
-        for name in optimizer.static_options()
+        for name in optimizer.static_options() - {"gradient_release"}  # which stays as it is
         if name in group and group[name] != now[name]
     }
     if differ:

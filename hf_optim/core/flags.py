@@ -38,6 +38,7 @@ class Flag:
     value: ClassVar[Any] = True  # the value of that option that means this technique
     stage: ClassVar[str]
     elementwise: ClassVar[bool] = True
+    reads_gradient: ClassVar[bool] = False  # apply() looks at c.g, outside the gradient stage
     multiplies: ClassVar[str] = ""  # an option without which it does nothing
     sets: ClassVar[str] = ""  # what only one technique at a time can set
     options: ClassVar[dict[str, Option]] = {}

@@ -132,6 +132,19 @@ def _store(buffer: Tensor, value: Tensor, stochastic: bool, salt: Any, offset: A
         precision.write_nearest(buffer, value)
 
 
+def absorb_tensor(spec: Spec, g: Tensor, bufs: dict[str, Tensor], h: View, salt: Any, offset: Any, count: int) -> None:
+    """Add the gradient of a micro-batch, the `count`-th of its step, to the averages: a step with the last gradient
+    then is one with the sum, decay (m + share/decay g1) + share g2 = decay m + share (g1 + g2)."""
+    g = precision.read_gradient(g)
+    averages = spec.rule.averages(h)
+    for channel, name in enumerate(spec.buffers, 1):
+        if name in averages:
+            decay, share = averages[name]
+            value = precision.widen(bufs[name]) + share / decay * g
+            channel += count * (1 + len(spec.buffers))  # other noise than that of the step and of other micro-batches
+            _store(bufs[name], value, name in spec.narrow, salt, offset, channel)
+
+
 def measure_tensor(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> dict[str, Tensor]:
     """This tensor's part of the whole-model sums of rule and flags; nothing is written."""
     c = read(spec, p, g, bufs, h)

@@ -60,5 +60,9 @@ class AdaLo(Optimizer):
         return s.m, h.eta
 
     @staticmethod
+    def averages(h):
+        return {"m": (h.beta1, 1 - h.beta1)}
+
+    @staticmethod
     def refuses(h):
         return {} if h.beta1 else {"cautious": "without beta1 the update always agrees with the gradient"}

@@ -54,5 +54,9 @@ class NSGDA(Optimizer):
         return size * s.m / (norm2**0.5 + h.floor)
 
     @staticmethod
+    def averages(h):
+        return {"m": (h.momentum, 1 - h.momentum)}
+
+    @staticmethod
     def refuses(h):
         return {} if h.momentum else {"cautious": "without momentum the update always agrees with the gradient"}

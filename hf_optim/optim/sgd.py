@@ -37,6 +37,10 @@ class SGD(Optimizer):
         return s.m
 
     @staticmethod
+    def averages(h):
+        return {"m": (h.momentum, h.fresh)}
+
+    @staticmethod
     def gain(h):
         return (1 - h.dampening) / (1 - h.momentum)
 

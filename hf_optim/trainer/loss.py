@@ -1,6 +1,6 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a step, brought to optimizers that need it; and a Trainer that skips steps that would do harm."""
+"""What optimizers need around backward, the loss and hooks; and a Trainer that skips steps that would do harm."""
 
 from __future__ import annotations
 
@@ -17,23 +17,17 @@ from transformers import Trainer, TrainerCallback
 
 from ..core import Optimizer
 from ..core.sharding import mean_over_ranks, whole
+from .release import handles, innermost, releasing, unclipped
 from .resume import complete_checkpoint, withdraw_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
 
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def delivering(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`Accelerator.backward` that first hands the loss of the whole accumulation window to the optimizers.
 
-    Before, not after: under DeepSpeed the optimizer steps inside the call.
+    Before, not after: under DeepSpeed, and where gradients are released, the optimizer steps inside the call.
     """
     if getattr(backward, "_delivers_loss", False):
         return backward
@@ -43,7 +37,8 @@ def delivering(backward: Callable[..., Any]) -> Callable[..., Any]:
         wanting = [o for o in map(innermost, self._optimizers) if getattr(o, "needs_loss", False)]
         if wanting:
             _deliver(self, wanting, loss, kwargs)
-        return backward(self, loss, **kwargs)
+        with releasing(self):
+            return backward(self, loss, **kwargs)
 
     wrapper._delivers_loss = True  # type: ignore[attr-defined]
     return wrapper
@@ -64,8 +59,10 @@ def _deliver(accelerator: Accelerator, wanting: list[Optimizer], loss: torch.Ten
 
 
 def deliver_loss(accelerator: Accelerator) -> None:
-    """Make one accelerator deliver the loss to its optimizers; idempotent."""
+    """Make one accelerator deliver the loss to its optimizers, and release the gradients of those that ask for it;
+    idempotent."""
     accelerator.backward = types.MethodType(delivering(type(accelerator).backward), accelerator)
+    accelerator.clip_grad_norm_ = types.MethodType(unclipped(type(accelerator).clip_grad_norm_), accelerator)
 
 
 def divide_once(trainer: Trainer) -> None:
@@ -78,6 +75,8 @@ def add_effective_lr(optimizer: Any, logs: dict[str, Any]) -> None:
     """Put the step size that was really used next to the scheduler's `learning_rate`."""
     inner = innermost(optimizer)
     if "learning_rate" in logs and isinstance(inner, Optimizer):
+        if inner._release is not None:
+            logs.pop("grad_norm", None)  # the norm of what was left after the step: 0
         size = inner.effective_lr()  # on all ranks: a sharded one is reduced here
         if size is not None:
             logs["optim/effective_lr"] = size
@@ -94,7 +93,8 @@ class LossAwareMixin(_Base):
 
     The loss is the one back-propagated, summed over the micro-batches of a step and averaged over ranks, whatever
     computed it. `optim/effective_lr` is added to the logs. `train(resume_from_checkpoint=...)` takes complete
-    checkpoints only.
+    checkpoints only. With `--optim_args gradient_release=true` every parameter is stepped inside backward, and
+    `grad_norm`, which nobody can know then, is left out of the logs.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,8 @@ class LossAwareTrainer(LossAwareMixin, Trainer):
     A step whose loss or gradient norm is not finite is skipped on all ranks alike, counted in the logs as
     `optim/skipped_steps`, and ends the run after `max_skipped_steps` in a row: stock Trainer lets one NaN turn every
     weight into NaN, and logs a loss of 0. With fp16 the gradient scaler skips, and under DeepSpeed its engine steps,
-    so neither is guarded here.
+    so neither is guarded here. Where gradients are released, only the loss is guarded (what earlier micro-batches of
+    a skipped step gave to the state stays there): a gradient that is not finite has been used when it could be seen.
 
     Args:
         args, kwargs: as for [`~transformers.Trainer`].
@@ -155,7 +156,24 @@ class LossAwareTrainer(LossAwareMixin, Trainer):
             self._norm = clip(*args, **kwargs)
             return self._norm
 
-        self.accelerator.clip_grad_norm_ = clip_grad_norm_
+        backward = self.accelerator.backward
+
+        def guarded(loss: torch.Tensor, **kwargs: Any) -> Any:
+            self.guard_loss(loss)
+            return backward(loss, **kwargs)
+
+        self.accelerator.clip_grad_norm_, self.accelerator.backward = clip_grad_norm_, guarded
+
+    def guard_loss(self, loss: torch.Tensor) -> None:
+        """Where gradients are released the step is made by backward: keep a loss from it that would do harm."""
+        found = handles(self.accelerator)
+        if found and not self._everywhere(loss.detach().isfinite().all()):
+            self._finite = False
+            for handle in found:
+                handle.skip()
+
+    def _everywhere(self, fine: torch.Tensor) -> bool:
+        return bool(mean_over_ranks(fine.to(self.args.device).float()) == 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -173,7 +191,7 @@ class LossAwareTrainer(LossAwareMixin, Trainer):
         norm = whole(norm) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
         device = self.args.device
         fine = torch.as_tensor(finite, device=device) & norm.to(device).isfinite()
-        if bool(mean_over_ranks(fine.float()) == 1):
+        if self._everywhere(fine):
             self._in_a_row = 0
             return
         model.zero_grad(set_to_none=True)  # nothing to step: weights, state and loss average stay as they are

@@ -20,7 +20,7 @@ from .. import registry
 from ..core.options import nearest
 from ..optim_args import split_optim_args
 from ..registry import OptimInfo
-from . import layout
+from . import layout, release
 
 
 logger = logging.getLogger(__name__)
@@ -108,13 +108,14 @@ def resolve(info: OptimInfo, args: TrainingArguments, model: torch.nn.Module | N
 
     Raises:
         `ValueError`, `TypeError`: for a bad `--optim_args`; the message names option, value and range.
-        `ValueError`: if the optimizer would be wrong on the parts of tensors that this run gives it, or if launched
-            processes would train alone.
+        `ValueError`: if the optimizer would be wrong on the parts of tensors that this run gives it, or cannot step
+            inside backward as `gradient_release=true` asks for; or if launched processes would train alone.
     """
     given = {"lr": args.learning_rate, **_changed_fields(info, args), **parse_optim_args(info, args.optim_args)}
     options = info.cls.with_preset(info.preset, given)
     layout.check_ranks(args)
     layout.refuse(info, options, layout.of_arguments(args, model))
+    release.refuse(info, options, args)
     _warn_lr(info, args)
     if args.optim_target_modules is not None and not info.cls.uses_targets:
         logger.warning("`optim_target_modules` has no effect with %s", info.name)

@@ -16,7 +16,7 @@ class Cautious(Flag):
     decay acts before and unmasked. https://huggingface.co/papers/2411.16085
     """
 
-    flag, stage, elementwise = "cautious", "update", False
+    flag, stage, elementwise, reads_gradient = "cautious", "update", False, True
     cautious_floor: float = hp(1e-3, "smallest share of agreeing components to divide by", gt=0, le=1)
 
     @staticmethod

@@ -28,7 +28,7 @@ def memory(
     ddp: Annotated[bool, typer.Option("--ddp", help="A whole model on every device.")] = False,
     fsdp2: Annotated[bool, typer.Option("--fsdp2", help="Shards of everything on every device.")] = False,
     world: Annotated[int, typer.Option(help="Number of devices, with --ddp or --fsdp2.")] = 1,
-    release: Annotated[bool, typer.Option("--release", help="Gradients are released in backward.")] = False,
+    release: Annotated[bool, typer.Option("--release", help="Short for --optim-args gradient_release=true.")] = False,
     lora: Annotated[str | None, typer.Option(help="Train adapters: 'r=16,target_modules=all-linear'.")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory of a device, such as 24GB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -48,11 +48,12 @@ def memory(
         net: Any = blueprint.from_config(model, dtype)
         if lora is not None:
             net = blueprint.with_lora(net, lora)
-        how = {**layout, "mixed_precision": mixed_precision, "release": release}
-        found, left_out = _estimates(net, infos, optim_args, how, lenient=optim == "all")
+        text, released = _with_release(optim_args, release)
+        how = {**layout, "mixed_precision": mixed_precision}
+        found, left_out = _estimates(net, infos, text, how, lenient=optim == "all")
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    facts = _facts(model, net, how)
+    facts = {**_facts(model, net, how), "release": released}
     if as_json:
         rows = [estimate.as_dict() for estimate in found]
         typer.echo(json.dumps({**facts, "budget": limit, "optimizers": rows, "left_out": left_out}, indent=2))
@@ -66,6 +67,19 @@ def _bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"`budget` must be a number with one of {', '.join(UNITS)}, such as 24GB, got {text!r}")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def _with_release(optim_args: str | None, release: bool) -> tuple[str, bool]:
+    """The options with what `--release` stands for, and whether gradients are released by one or the other."""
+    from ...core import Optimizer
+    from ...optim_args import split_optim_args
+
+    given = split_optim_args(optim_args)
+    if release and "gradient_release" in given:
+        raise ValueError("give --release, or `gradient_release` in --optim-args, not both")
+    released = release or given.get("gradient_release", False)
+    given |= {"gradient_release": released} if released else {}
+    return json.dumps(given), Optimizer.options()["gradient_release"].parse("memory", released)
 
 
 def _estimates(
