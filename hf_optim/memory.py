@@ -188,13 +188,12 @@ def _temporaries(optimizer: Optimizer, counts: dict[Tensor, int], backend: str) 
 def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     """At most what a compiled step keeps for a parameter.
 
-    An elementwise rule is one pass. Any other rule passes on vectors, and the sums of a block of rows each: that was
-    measured (tests/test_memory.py). Products of matrices and whole-model sums stay as they are in the loop.
+    An elementwise rule is one pass, and passes on the scales of int8 codes only. Any other rule passes on vectors, and
+    the sums of a block of rows each: that was measured (tests/test_memory.py). Products of matrices and whole-model
+    sums stay as they are in the loop.
     """
-    if spec.elementwise:
-        return 0
-    small = [x.nbytes for x in state.values() if isinstance(x, Tensor) and x.numel() < p.numel()]
-    return p.nbytes // 4 + 2 * sum(small)
+    small = 2 * sum(x.nbytes for x in state.values() if isinstance(x, Tensor) and x.numel() < p.numel())
+    return small if spec.elementwise else p.nbytes // 4 + small
 
 
 class _Live(TorchDispatchMode):

@@ -29,6 +29,7 @@ TAKEN_APART = {  # what such a layout hands to the optimizer in place of the wei
     "tp": "shards along any axis, which is not tested; use FSDP2 or DDP",
 }
 RELEASED_IN = {"single", "fsdp2"}  # where a gradient is complete when its hook runs
+PLAIN = {"precision": ("nearest", "kahan"), "state_dtype": ("float32",)}  # rounded without noise
 MATRIX_COST = "collectives for each tensor in every step"
 SUMS_COST = "a reduction of a few numbers over the ranks in every step"
 
@@ -102,9 +103,16 @@ def _refused(cls: type[Optimizer], values: dict[str, Any], kind: str) -> str:
             f"{cls.__name__} counts on one call of `step()` for all weights, and DeepSpeed ZeRO 3 makes one for each "
             "of its sub-groups; use ZeRO 1 or 2, FSDP2 or DDP"
         )
-    if kind == "tp" and (values["precision"] == "stochastic" or values["state_dtype"] == "bfloat16"):
-        wanted = "precision=stochastic" if values["precision"] == "stochastic" else "state_dtype=bfloat16"
-        return f"the noise of `{wanted}` needs shards along dimension 0; use `precision=kahan`, `state_dtype=float32`"
+    if kind != "tp" and values["state_dtype"] == "int8":
+        return (
+            f"`state_dtype=int8` codes the rows of matrices, and {TITLES[kind]} gives it {got}; or use "
+            "`state_dtype=bfloat16`"
+        )
+    noisy = [f"{name}={values[name]}" for name, plain in PLAIN.items() if values[name] not in plain]
+    if kind == "tp" and noisy:
+        return (
+            f"the noise of `{noisy[0]}` needs shards along dimension 0; use `precision=kahan`, `state_dtype=float32`"
+        )
     return ""
 
 

@@ -146,7 +146,9 @@ def test_good_values_are_stored_as_plain_python(class_name):
 def test_state_dtype_may_be_a_dtype(class_name):
     optimizer, _ = build(class_name, [(2,)], state_dtype=torch.bfloat16)
     assert optimizer.param_groups[0]["state_dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="`state_dtype` must be one of 'float32', 'bfloat16', got torch.float16"):
+    with pytest.raises(
+        ValueError, match="`state_dtype` must be one of 'float32', 'bfloat16', 'int8', got torch.float16"
+    ):
         build(class_name, [(2,)], state_dtype=torch.float16)
 
 

@@ -66,7 +66,9 @@ class Optimizer(torch.optim.Optimizer):
         "nearest", "how bf16 weights are rounded after a step", choices=("nearest", "stochastic", "kahan")
     )
     state_dtype: str = hp(
-        "float32", "storage of parameter-sized state; bf16 is rounded stochastically", choices=("float32", "bfloat16")
+        "float32",
+        "storage of parameter-sized state, rounded stochastically; int8 is for averages: second moments are bf16 then",
+        choices=("float32", "bfloat16", "int8"),
     )
     seed: int = hp(0, "seed of stochastic rounding", ge=0)
     gradient_release: bool = hp(False, "step each parameter inside backward, and free its gradient at once")
@@ -429,12 +431,20 @@ class Optimizer(torch.optim.Optimizer):
 
     @classmethod
     def slots(cls, p: Tensor, h: Any) -> dict[str, Slot]:
-        """Every buffer of a parameter: the rule's, the flags' and the residual of Kahan summation."""
+        """Every buffer of a parameter: the rule's, the flags', scales of codes, the residual of Kahan summation."""
+        made = cls._seen(p, h)
+        coded = [name for name, slot in made.items() if precision.is_coded(p, slot, h.state_dtype)]
+        made |= {precision.scale_of(name): sharding.per_block(p, precision.BLOCK) for name in coded}
+        if cls._rounding(p, h) == "kahan":
+            made[KAHAN] = sharding.like(p, dtype=torch.bfloat16)
+        return made
+
+    @classmethod
+    def _seen(cls, p: Tensor, h: Any) -> dict[str, Slot]:
+        """The buffers that the rule and the flags see."""
         made = dict(cls.init(p, h))
         for flag in chosen(vars(h), cls.flags()):
             made |= flag.init(p, h)
-        if cls._rounding(p, h) == "kahan":
-            made[KAHAN] = sharding.like(p, dtype=torch.bfloat16)
         return made
 
     @staticmethod
@@ -447,11 +457,12 @@ class Optimizer(torch.optim.Optimizer):
         flags = chosen(group, self.flags())
         known = (*self.own_options(), *self.flags(), *(name for flag in flags for name in flag.options))
         static = tuple((name, group[name]) for name in known)
-        names = tuple(n for n in self.slots(p, h) if n != KAHAN)
-        narrow = tuple(n for n in names if self.state[p][n].dtype == torch.bfloat16)
+        names, state = tuple(self._seen(p, h)), self.state[p]
+        narrow = tuple(n for n in names if state[n].dtype == torch.bfloat16)
+        coded = tuple(n for n in names if precision.scale_of(n) in state.keys() - {*names})
         dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *self.all_sums(group))
         stages = tuple((flag, flag.acts_at(h)) for flag in flags)
-        return Spec(type(self), static, dynamic, stages, names, self._rounding(p, h), narrow)
+        return Spec(type(self), static, dynamic, stages, names, self._rounding(p, h), narrow, coded)
 
     def all_sums(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the whole-model sums that the rule and the flags of a group ask for."""

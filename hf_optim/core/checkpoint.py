@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import sharding
+from . import precision, sharding
 from .pipeline import View
 
 
@@ -79,8 +79,11 @@ def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     of_each = [{**_missing(optimizer, group), **group} for group in groups for _ in group["params"]]
     for (p, key), group in zip(pairs(optimizer, state_dict), of_each):
         state = state_dict["state"].get(key)
-        needed = {name: tuple(slot.shape) for name, slot in optimizer.slots(p, View(group)).items()}
-        found = {k: tuple(x.shape) for k, x in (state or {}).items() if isinstance(x, Tensor) and k != "step"}
+        kept = {k: x for k, x in (state or {}).items() if isinstance(x, Tensor) and k != "step"}
+        plain = {precision.scale_of(k) for k, x in kept.items() if x.is_floating_point()}  # converted: no codes yet
+        slots = optimizer.slots(p, View(group))
+        needed = {name: tuple(slot.shape) for name, slot in slots.items() if name not in plain}
+        found = {k: tuple(x.shape) for k, x in kept.items()}
         if state and found != needed:
             raise ValueError(
                 f"{own} cannot load this checkpoint: parameter {key} of shape {tuple(p.shape)} needs state {needed}, "

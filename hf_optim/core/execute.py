@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import codegen, precision, sharding
-from .pipeline import KAHAN, Spec, step_tensor
+from .pipeline import Spec, step_tensor
 from .plan import Call, Chunk, Item
 
 
@@ -111,7 +111,7 @@ def _chunk(spec: Spec, kind: Any, items: list[Item], start: int, large: bool) ->
 @cache
 def programs(spec: Spec, kind: Any, count: int, large: bool) -> codegen.Programs:
     """The compiled code for tensors of a kind, `count` at a time."""
-    names = [*spec.buffers, *([KAHAN] if spec.rounding == "kahan" else [])]
+    names = spec.stored
 
     def step(*args: Tensor) -> list[Tensor]:
         rest = iter(args)

@@ -49,10 +49,17 @@ class Spec:
     buffers: tuple[str, ...]
     rounding: str  # nearest | stochastic | kahan, for this tensor's dtype
     narrow: tuple[str, ...]  # bf16 state, always rounded stochastically (nearest would stall an average)
+    coded: tuple[str, ...] = ()  # int8 state, rounded in the same way; its scales are buffers that no rule sees
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Every buffer of a parameter: those of rule and flags, scales, and Kahan's residual."""
+        scales = (precision.scale_of(name) for name in self.coded)
+        return (*self.buffers, *scales, *([KAHAN] if self.rounding == "kahan" else []))
 
     @property
     def noisy(self) -> bool:
-        return self.rounding == "stochastic" or bool(self.narrow)
+        return self.rounding == "stochastic" or bool(self.narrow or self.coded)
 
     @property
     def elementwise(self) -> bool:
@@ -75,12 +82,21 @@ def _bind(flag: type[Flag], h: View) -> Callable[[Tensor, Tensor], Tensor]:
 
 def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> View:
     """Parameter, gradient (after the gradient stage) and state in compute precision."""
-    s = View({name: precision.widen(bufs[name]) for name in spec.buffers})
+    s = View({name: _load(spec, name, bufs) for name in spec.buffers})
     weight, gradient = precision.read_weight(p, bufs.get(KAHAN)), precision.read_gradient(g)
     c = View({"p": weight, "g": gradient, "s": s, "h": h, "rule": spec.rule})
     for flag in spec.stage("gradient"):
         c.g = flag.apply(c.g, c)  # type: ignore[attr-defined]
     return c
+
+
+def _load(spec: Spec, name: str, bufs: dict[str, Tensor]) -> Tensor:
+    """A state buffer in compute precision."""
+    codes = bufs[name]
+    if name not in spec.coded:
+        return precision.widen(codes)
+    scale = bufs[precision.scale_of(name)]
+    return sharding.shard_of(precision.read_codes(sharding.local(codes), sharding.local(scale)), codes)
 
 
 def step_tensor(
@@ -111,7 +127,7 @@ def step_tensor(
 def _write(spec: Spec, p: Tensor, new: Tensor, bufs: dict[str, Tensor], s: View, salt: Any, offset: Any) -> None:
     values = [_own(getattr(s, name), name, bufs) for name in spec.buffers]
     for channel, (name, value) in enumerate(zip(spec.buffers, values), 1):
-        _store(bufs[name], value, name in spec.narrow, salt, offset, channel)
+        _keep(spec, name, bufs, value, salt, offset, channel)
     if spec.rounding == "kahan":
         value = sharding.local(sharding.match(new, p))
         precision.write_kahan(sharding.local(p), sharding.local(bufs[KAHAN]), value)
@@ -122,6 +138,16 @@ def _write(spec: Spec, p: Tensor, new: Tensor, bufs: dict[str, Tensor], s: View,
 def _own(value: Tensor, name: str, bufs: dict[str, Tensor]) -> Tensor:
     """A copy of a value that a rule moved here from another buffer, which is about to be overwritten."""
     return value.clone() if any(value is b for other, b in bufs.items() if other != name) else value
+
+
+def _keep(spec: Spec, name: str, bufs: dict[str, Tensor], value: Tensor, salt: Any, offset: Any, channel: int) -> None:
+    """Write a state buffer: the counterpart of `_load`."""
+    if name not in spec.coded:
+        _store(bufs[name], value, name in spec.narrow, salt, offset, channel)
+        return
+    codes, scale = bufs[name], sharding.local(bufs[precision.scale_of(name)])
+    value = sharding.local(sharding.match(value, codes))
+    precision.write_codes(sharding.local(codes), scale, value, precision.noise_bits(value, salt, offset, channel))
 
 
 def _store(buffer: Tensor, value: Tensor, stochastic: bool, salt: Any, offset: Any, channel: int) -> None:
@@ -140,9 +166,9 @@ def absorb_tensor(spec: Spec, g: Tensor, bufs: dict[str, Tensor], h: View, salt:
     for channel, name in enumerate(spec.buffers, 1):
         if name in averages:
             decay, share = averages[name]
-            value = precision.widen(bufs[name]) + share / decay * g
+            value = _load(spec, name, bufs) + share / decay * g
             channel += count * (1 + len(spec.buffers))  # other noise than that of the step and of other micro-batches
-            _store(bufs[name], value, name in spec.narrow, salt, offset, channel)
+            _keep(spec, name, bufs, value, salt, offset, channel)
 
 
 def measure_tensor(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> dict[str, Tensor]:

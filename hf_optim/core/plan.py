@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import precision, sharding
 from .codegen import LARGE, VECTOR, Program
-from .pipeline import KAHAN, Spec
+from .pipeline import Spec
 
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if p.grad is None or p.grad.layout != torch.strided:
         layout = None if p.grad is None else p.grad.layout
         raise RuntimeError(f"{spec.rule.__name__} needs dense gradients, got {layout}; use `sparse=False`")
-    names = [*spec.buffers, *([KAHAN] if spec.rounding == "kahan" else [])]
-    weight, g, bufs = p.detach(), p.grad, {name: state[name] for name in names}
+    weight, g, bufs = p.detach(), p.grad, {name: state[name] for name in spec.stored}
     kept = list(bufs.items())
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)

@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+BLOCK = 256  # entries of a row that share a scale, for int8 codes
+LEVELS = 127  # codes of either sign
+CODED = 4096  # elements from which a tensor is coded: below, there is little to save
+ROW = 16  # entries of a row: of shorter ones the scales would take most of what is saved
 LARGEST = 1e15  # of a gradient entry; the sum of 1e8 squares is still finite
 _MASK32 = 0xFFFFFFFF
 
@@ -22,7 +27,25 @@ def state_dtype(p: Tensor, wanted: str) -> torch.dtype:
 
 def slot_dtype(p: Tensor, slot: Any, wanted: str) -> torch.dtype:
     """What a [`Slot`] of `p` is stored in: its own dtype, else that of `state_dtype`, which is `wanted`, or fp32."""
+    if wanted == "int8" and not is_coded(p, slot, wanted):
+        wanted = "bfloat16" if _is_large(p) else "float32"
     return slot.dtype or state_dtype(p, wanted if slot.narrow else "float32")
+
+
+def is_coded(p: Tensor, slot: Any, wanted: str) -> bool:
+    """Whether a [`Slot`] of `p` is kept as int8 codes and their scales. What is divided by is not: next to 0 a code of
+    its block is far off."""
+    average = slot.narrow and slot.dtype is None and slot.fill == 0 and not slot.positive
+    return wanted == "int8" and average and p.dtype != torch.float64 and _is_large(p)
+
+
+def _is_large(p: Tensor) -> bool:
+    return p.ndim > 1 and p.numel() >= CODED and math.prod(p.shape[1:]) >= ROW
+
+
+def scale_of(name: str) -> str:
+    """Name of the state that scales the int8 codes `name`."""
+    return f"{name}_scale"
 
 
 def widen(x: Tensor) -> Tensor:
@@ -73,6 +96,35 @@ def write_stochastic(buffer: Tensor, value: Tensor, noise: Tensor) -> None:
     rounded = ((bits + noise) & -65536).view(torch.float32)
     rounded = torch.where(rounded.isfinite(), rounded, down)
     buffer.copy_(torch.where(value.isfinite(), rounded, value))
+
+
+def read_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    c = codes.float()
+    return c * c.abs() * _of_each(scale, c)
+
+
+def write_codes(codes: Tensor, scale: Tensor, value: Tensor, noise: Tensor) -> None:
+    """Round fp32 to sign k^2 scale, k = 0 ... 127, up or down with probability equal to the distance: unbiased.
+
+    Squares, since gradients of a block differ by orders of magnitude: an entry 1/1000 of the largest still has codes,
+    where the step between even ones would be eight times its size. NaN and inf make their block NaN, to be seen.
+    """
+    rows = value.abs().flatten(1)
+    short = scale.shape[1] * BLOCK - rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, short)) if short else rows
+    new = rows.view(rows.shape[0], scale.shape[1], BLOCK).amax(-1) / LEVELS**2
+    size = value.abs() / _of_each(new, value)
+    k = size.sqrt().floor()
+    k = k + (noise + 0.5 < (size - k.square()) / (2 * k + 1) * 65536)
+    codes.copy_((value.sign() * k.clamp(max=LEVELS)).nan_to_num(0.0))
+    scale.copy_(new)
+
+
+def _of_each(scale: Tensor, entries: Tensor) -> Tensor:
+    """The scale of each entry, by its index: of a repeated scale, loops that Inductor writes for a CPU never reach the
+    last block where that is shorter than the others (torch 2.13)."""
+    block = torch.arange(math.prod(entries.shape[1:]), device=scale.device) // BLOCK
+    return scale.index_select(1, block).reshape(entries.shape)
 
 
 def write_kahan(p: Tensor, residual: Tensor, value: Tensor) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ class Slot(NamedTuple):
 
     `axes[i]` is the parameter axis that dimension `i` of the buffer follows, so that its placement on a device mesh
     follows too; None where there is no such axis. `dtype` None means the compute dtype (fp32, or fp64 for fp64
-    weights). `narrow` marks the parameter-sized buffers that `state_dtype` applies to. `fill` is a number or
-    `"param"`, a copy of the parameter.
+    weights). `narrow` marks the parameter-sized buffers that `state_dtype` applies to, `positive` those among them
+    that are divided by, as second moments are: they need more than 8 bits. `fill` is a number or `"param"`, a copy of
+    the parameter.
     """
 
     shape: tuple[int, ...]
@@ -29,11 +31,23 @@ class Slot(NamedTuple):
     dtype: torch.dtype | None = None
     narrow: bool = False
     fill: float | str = 0.0
+    positive: bool = False
 
 
-def like(p: Tensor, fill: float | str = 0.0, narrow: bool = True, dtype: torch.dtype | None = None) -> Slot:
+def like(
+    p: Tensor,
+    fill: float | str = 0.0,
+    narrow: bool = True,
+    dtype: torch.dtype | None = None,
+    positive: bool = False,
+) -> Slot:
     """A buffer with the shape, strides and placement of the parameter."""
-    return Slot(tuple(p.shape), tuple(range(p.ndim)), dtype=dtype, narrow=narrow, fill=fill)
+    return Slot(tuple(p.shape), tuple(range(p.ndim)), dtype=dtype, narrow=narrow, fill=fill, positive=positive)
+
+
+def per_block(p: Tensor, length: int) -> Slot:
+    """A number for every `length` entries of a row, so that shards of whole rows hold whole blocks."""
+    return Slot((p.shape[0], -(-math.prod(p.shape[1:]) // length)), (0, None))
 
 
 def keep(p: Tensor, *axes: int) -> Slot:
@@ -133,6 +147,15 @@ def beside(x: Tensor, ref: Tensor) -> Tensor:
     return DTensor.from_local(x, ref.device_mesh, [Replicate()] * ref.device_mesh.ndim, run_check=False)
 
 
+def shard_of(x: Tensor, ref: Tensor) -> Tensor:
+    """What was computed from the shard of `ref` on this rank, placed as `ref` is."""
+    if not isinstance(ref, DTensor):
+        return x
+    return DTensor.from_local(
+        x, ref.device_mesh, ref.placements, run_check=False, shape=ref.shape, stride=ref.stride()
+    )
+
+
 def whole(x: Any, device: torch.device | None = None) -> Any:
     """The full value of a reduced (0-d) result as a plain tensor, the same on every rank; moved to `device`."""
     x = x.full_tensor() if isinstance(x, DTensor) else x
@@ -180,8 +203,8 @@ def flat_offset(p: Tensor) -> int:
         not isinstance(q, (Replicate, Shard)) or (isinstance(q, Shard) and q.dim) for q in p.placements
     ):
         raise NotImplementedError(
-            f"`precision='stochastic'` needs parameters sharded along dimension 0, got {p.placements}; use "
-            "`precision='kahan'` instead"
+            f"`precision='stochastic'` and a narrow `state_dtype` need parameters sharded along dimension 0, got "
+            f"{p.placements}; use `precision='kahan'` and `state_dtype='float32'` instead"
         )
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -27,7 +27,7 @@ class AdaMomentum(AdamW):
 
     @staticmethod
     def init(p, h):
-        return {"m": like(p), "v": like(p)}
+        return {"m": like(p), "v": like(p, positive=True)}
 
     @staticmethod
     def update(g, p, s, h):

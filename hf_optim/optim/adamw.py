@@ -27,7 +27,7 @@ class AdamW(Optimizer):
 
     @staticmethod
     def init(p, h):
-        return {"m": like(p), "v": like(p)} | ({"v_max": like(p, narrow=False)} if h.amsgrad else {})
+        return {"m": like(p), "v": like(p, positive=True)} | ({"v_max": like(p, narrow=False)} if h.amsgrad else {})
 
     @staticmethod
     def scalars(t, h):

@@ -30,7 +30,7 @@ class AMAdamW(Optimizer):
 
     @staticmethod
     def init(p, h):
-        return {"d": like(p), "v": like(p), "pi": keep(p), "lr_prev": keep(p)}
+        return {"d": like(p), "v": like(p, positive=True), "pi": keep(p), "lr_prev": keep(p)}
 
     @staticmethod
     def scalars(t, h):
