@@ -183,7 +183,7 @@ def test_functions_are_short(file):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.end_lineno - body[0].lineno + 1 if body else 0
-            assert lines <= 2600, f"{file}:{node.lineno}: {node.name} has {lines} lines"
+            assert lines <= 40, f"{file}:{node.lineno}: {node.name} has {lines} lines"
 
 
 def test_the_engine_is_small():
