@@ -46,11 +46,8 @@ class Program:
     code: Callable[..., Sequence[Tensor]]
     condition: str | None
     env: ShapeEnv
-    constants: list[tuple[int, int, int]]  # (argument, axis, size): what the condition does not mention
 
     def serves(self, args: Sequence[Tensor]) -> bool:
-        if any(args[i].shape[axis] != size for i, axis, size in self.constants):
-            return False
         return self.condition is None or bool(self.env.evaluate_guards_expression(self.condition, args))
 
 
@@ -89,17 +86,7 @@ def build(function: Traced, args: list[Tensor], owners: Sequence[int], large: bo
             graph = _without_temporaries(graph, owners)
         with tracing(TracingContext(mode)):
             code = torch._inductor.compile(GraphModule(torch.nn.Module(), graph), fakes, options=OPTIONS)
-    return Program(code, env.produce_guards_expression(placeholders=fakes), env, _constants(fakes))
-
-
-def _constants(fakes: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-    """The sizes that are numbers in the traced code."""
-    numbers = [
-        (i, axis, size if isinstance(size, int) else size.node.maybe_as_int())
-        for i, x in enumerate(fakes)
-        for axis, size in enumerate(x.shape)
-    ]
-    return [(i, axis, size) for i, axis, size in numbers if size is not None]
+    return Program(code, env.produce_guards_expression(placeholders=fakes), env)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, fixed: bool) -> Tensor:
