@@ -192,8 +192,8 @@ def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     the sums of a block of rows each: that was measured (tests/test_memory.py). Products of matrices and whole-model
     sums stay as they are in the loop.
     """
-    small = 2 * sum(x.nbytes for x in state.values() if isinstance(x, Tensor) and x.numel() < p.numel())
-    return small if spec.elementwise else p.nbytes // 4 + small
+    small = sum(x.nbytes for x in state.values() if isinstance(x, Tensor) and x.numel() < p.numel())
+    return 4 * small if spec.elementwise else p.nbytes // 4 + 2 * small
 
 
 class _Live(TorchDispatchMode):

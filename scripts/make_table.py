@@ -20,6 +20,7 @@ from hf_optim.core import FLAGS, STAGES
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "results" / "results.json"
 SHARDING = RESULTS.with_name("sharding.json")  # by scripts/compare_sharding.py
+STEPS = ("gpt2", "lora")  # by scripts/bench_step.py
 PRECISION = RESULTS.with_name("precision.json")  # by scripts/compare_precision.py
 
 
@@ -125,12 +126,35 @@ def precision() -> str:
     return "\n".join(rows)
 
 
+def speed() -> str:
+    """Steps against fused AdamW, on the parameters of a model and on those of LoRA."""
+    whole, lora = (json.loads((RESULTS.parent / f"step_{shapes}_float32_cpu.json").read_text()) for shapes in STEPS)
+    rows = [
+        "| optimizer | GPT-2 small, x fused AdamW | LoRA, x fused AdamW | GPT-2 small, x bytes | extra bytes per parameter "
+        "| first step, CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(whole["optimizers"], key=lambda name: whole["optimizers"][name]["ratio"]):
+        a, b = whole["optimizers"][name], lora["optimizers"][name]
+        extra, first = (max(x[key] for x in (a, b)) for key in ("extra_bytes", "first_seconds"))
+        rows.append(
+            f"| `{name}` | {a['ratio']:.2f} | {b['ratio']:.2f} | {a['times_bytes']:.1f} | {extra:.3f} | {first:.0f} |"
+        )
+    rows += [
+        "",
+        f"fp32, {whole['threads']} thread, medians of {whole['rounds']} steps in {whole['processes']} fresh process(es); "
+        f"{whole['date']}, {whole['device']}, torch {whole['torch']}.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES = {
     "optimizers": optimizers,
     "flags": flags,
     "comparison": comparison,
     "precision": precision,
     "sharding": sharding,
+    "speed": speed,
 }
 
 
