@@ -130,8 +130,8 @@ def speed() -> str:
     """Steps against fused AdamW, on the parameters of a model and on those of LoRA."""
     whole, lora = (json.loads((RESULTS.parent / f"step_{shapes}_float32_cpu.json").read_text()) for shapes in STEPS)
     rows = [
-        "| optimizer | GPT-2 small, x fused AdamW | LoRA, x fused AdamW | GPT-2 small, x bytes | extra bytes per parameter "
-        "| first step, CPU seconds |",
+        "| optimizer | GPT-2 small, x fused AdamW | LoRA, x fused AdamW | GPT-2 small, x bytes | extra bytes per "
+        "parameter | first step, CPU seconds |",
         "|---|---|---|---|---|---|",
     ]
     for name in sorted(whole["optimizers"], key=lambda name: whole["optimizers"][name]["ratio"]):
@@ -142,8 +142,8 @@ def speed() -> str:
         )
     rows += [
         "",
-        f"fp32, {whole['threads']} thread, medians of {whole['rounds']} steps in {whole['processes']} fresh process(es); "
-        f"{whole['date']}, {whole['device']}, torch {whole['torch']}.",
+        f"fp32, {whole['threads']} thread, medians of {whole['rounds']} steps in {whole['processes']} fresh process(es)"
+        f"; {whole['date']}, {whole['device']}, torch {whole['torch']}.",
     ]
     return "\n".join(rows)
 

@@ -92,7 +92,6 @@ def test_few_graphs_and_none_later(which, graphs):
     assert far(theirs, expected) < 2e-6
 
 
-<<<<<<< HEAD
 def test_code_for_one_length_of_rows_does_not_serve_another(graphs):
     shapes = [(24, 64), (24, 80), (24, 77), (30, 64)]
     one, params = build("adafactor_corrected", shapes, backend="loop")
@@ -114,8 +113,6 @@ def test_parts_of_one_storage_share_code(which, graphs):
     assert len(graphs) <= 2 and not execute._broken and far(theirs, params) < 2e-6
 
 
-=======
->>>>>>> int8
 SIZES = (64, 128, 192, 256, 100, 1)
 MANY = [(m, n) for m in SIZES for n in (*SIZES[:4], 77, 3)] + [(k,) for k in SIZES]
 MANY += [(64, 3, 7, 7), (64, 64, 3, 3), (64, 64, 1, 1), (128, 64, 3, 3), (128, 64, 1, 1), (64, 1, 3, 3)]

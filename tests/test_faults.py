@@ -23,7 +23,7 @@ import test_sharding as sharding_tests
 import torch
 
 import hf_optim.optim_args
-from hf_optim.core import base, checkpoint, execute, pipeline, plan, precision, release, sharding
+from hf_optim.core import base, checkpoint, pipeline, plan, precision, release, sharding
 from hf_optim.core.base import Optimizer
 from hf_optim.core.options import Option
 from hf_optim.core.pipeline import View
@@ -676,14 +676,9 @@ def seed_of_the_noise_ignored(patch):
 @caught_by(precision_tests.test_a_parameter_without_gradient_does_not_shift_the_noise_of_the_next, "adamw")
 def noise_by_position_among_the_gradients(patch):
     def make(real):
-        def salts(call, seed, t):
-            if not call.spec.noisy:
-                return real(call, seed, t)
-            return [(precision.salt(seed, t, i), item.offset) for i, item in enumerate(call.items)]
+        return lambda optimizer: ((i, position, p) for i, (_, position, p) in enumerate(real(optimizer)))
 
-        return salts
-
-    method(patch, execute, "salts", make)
+    method(patch, plan, "with_gradient", make)
 
 
 @caught_by(conformance.test_no_random_numbers_are_drawn_from_torch, "adamw")

@@ -34,10 +34,11 @@ VARIANTS = 12  # kinds of sizes that one step may be compiled for at all
 OPTIONS = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
-    # Nothing weight-sized is stored for a second use: computing it again takes less time, and no memory.
-    "realize_reads_threshold": 1 << 20,
-    "realize_opcount_threshold": 1 << 20,
-    "realize_acc_reads_threshold": 1 << 20,
+    # What is used twice is computed twice: it takes less time than storing it, and no memory. Not without a bound:
+    # Inductor's own time doubles with every use of a use.
+    "realize_reads_threshold": 8,
+    "realize_opcount_threshold": 50,
+    "realize_acc_reads_threshold": 12,
 }
 VIEWS = {"unsqueeze", "squeeze", "view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"}
 VIEWS |= {"unbind", "getitem", "alias", "detach"}

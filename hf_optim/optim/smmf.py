@@ -19,8 +19,8 @@ class SMMF(Optimizer):
 
     `growth` below 1 makes the momentum vanish (0.33 of 0.9 is left after 1000 steps); `decay_rate` is -0.5 for CNNs
     and -0.8 for transformers. https://huggingface.co/papers/2412.08894. Deviations: the matrix has the parameter's own
-    rows unless `matricize=square` asks for the paper's reshape, which mixes them: as a bit cannot say "zero", embedding
-    rows that never get a gradient then drift as fast as the others move. Signs are bits (there, bytes).
+    rows unless `matricize=square` asks for the paper's reshape, which mixes them: as a bit cannot say "zero", rows of
+    an embedding that never get a gradient drift as fast as the others move. Signs are bits (there, bytes).
     """
 
     beta1: float | None = hp(0.9, "first decay of the average gradient; none keeps no average", ge=0, lt=1)
