@@ -142,8 +142,8 @@ def speed() -> str:
         )
     rows += [
         "",
-        f"fp32, {whole['threads']} thread, medians of {whole['rounds']} steps in {whole['processes']} fresh process(es)"
-        f"; {whole['date']}, {whole['device']}, torch {whole['torch']}.",
+        f"fp32, {whole['threads']} thread, medians over steps, in {whole['processes']} fresh process(es); "
+        f"{whole['date']}, {whole['device']}, torch {whole['torch']}.",
     ]
     return "\n".join(rows)
 
