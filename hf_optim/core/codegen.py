@@ -5,7 +5,8 @@
 `torch.compile` would do for the code, not for the calls: its guards and wrappers cost tens of microseconds per tensor,
 more than the step of a small one. What they check is known here already (`plan.kind`), and sizes are checked once per
 plan (`Program.serves`). Nor would it do for memory: what a reduction and a later line both need (an update, and its
-norm) it stores, a temporary as large as the weight. Here it is computed twice, from weight, gradient and state.
+norm) it stores, a temporary as large as the weight. Here it is computed twice, from weight, gradient and state, unless
+it is a long computation (`OPTIONS`): many flags at once may still store one.
 """
 
 from __future__ import annotations
