@@ -5,8 +5,8 @@
 `torch.compile` would do for the code, not for the calls: its guards and wrappers cost tens of microseconds per tensor,
 more than the step of a small one. What they check is known here already (`plan.kind`), and sizes are checked once per
 plan (`Program.serves`). Nor would it do for memory: what a reduction and a later line both need (an update, and its
-norm) it stores, a temporary as large as the weight. Here it is computed twice, from weight, gradient and state, unless
-it is a long computation (`OPTIONS`): many flags at once may still store one.
+norm) it stores, a temporary as large as the weight. Here it is computed twice, from weight, gradient and new state,
+unless it is a long computation (`OPTIONS`): many flags at once may still store one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch._inductor
 from torch import Tensor
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -29,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 REGISTER = 16  # fp32 elements of the widest vector register
 VECTOR = 64  # elements in a row of an elementwise tensor, whose shape plays no part
 LARGE = 1 << 18  # elements from which a tensor that is reduced is stepped alone: it fills the cache
-ROWS = 32  # of a block in which a CPU reduces over rows: the next line of memory of each is then near
+ROWS = 24  # of a block in which a CPU reduces over rows: the next line of memory of each is then near
 WIDTHS = 4  # lengths of rows that get code of their own, which is faster; further ones share code for any length
 VARIANTS = 12  # kinds of sizes that one step may be compiled for at all
 OPTIONS = {
@@ -51,7 +53,7 @@ Traced = Callable[..., list[Tensor]]
 class Program:
     """Compiled code, and the condition on the sizes of its arguments that it was compiled under."""
 
-    code: Callable[..., Sequence[Tensor]]
+    code: Callable[[list[Tensor]], Sequence[Tensor]]  # empties the list of arguments
     condition: str
     env: ShapeEnv
 
@@ -64,6 +66,7 @@ class Programs:
     """What has been compiled for one function: a program for each kind of sizes that it met."""
 
     function: Traced
+    count: int
     large: bool
     compiled: list[Program] = field(default_factory=list)
     built: ClassVar[int] = 0  # in this process, of all functions: what a benchmark reports
@@ -76,24 +79,28 @@ class Programs:
         if len(self.compiled) >= VARIANTS:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
         fixed = len(self.compiled) < WIDTHS
-        self.compiled.append(build(self.function, args, self.large, fixed))
+        self.compiled.append(build(self.function, args, self.count, self.large, fixed))
         Programs.built += 1
         return self.compiled[-1]
 
 
-def build(function: Traced, args: list[Tensor], large: bool, fixed: bool) -> Program:
-    """Trace `function` for any sizes (0 and 1 are constants, and the length of rows if `fixed`) and compile it."""
+def build(function: Traced, args: list[Tensor], count: int, large: bool, fixed: bool) -> Program:
+    """Trace `function`, the step of `count` tensors, for any sizes (0 and 1 are constants, and the length of rows if
+    `fixed`) and compile it."""
     env = ShapeEnv(duck_shape=False)  # sizes that happen to be equal now need not be later
     mode = FakeTensorMode(shape_env=env)
     with torch.no_grad():
         fakes: list[Any] = [_fake(mode, x, i, fixed) for i, x in enumerate(args)]
-        table = BLOCKED if large and args[0].device.type == "cpu" else {}
+        table = select_decomp_table() | ALWAYS | (BLOCKED if large and args[0].device.type == "cpu" else {})
         with mode:
             graph = make_fx(function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
         graph.eliminate_dead_code()
+        _reduce_late(graph, count)
+        _write_early(graph)
         _store_small(graph)
-        with tracing(TracingContext(mode)):
-            code = torch._inductor.compile(GraphModule(torch.nn.Module(), graph), list(fakes), options=OPTIONS)
+        module = GraphModule(torch.nn.Module(), graph)
+        with tracing(TracingContext(mode)), config.patch(OPTIONS):
+            code = compile_fx_inner(module, list(fakes), is_inference=True)
     sources: list[Any] = [LocalSource(f"t{i}") for i in range(len(fakes))]
     guards = env.produce_guards(fakes, sources, ignore_static=False)
     return Program(code, " and ".join(g for g in guards if "storage_offset" not in g), env)
@@ -134,12 +141,77 @@ def _mean(x: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> Any:
     return total if total is NotImplemented else total / x.shape[0]
 
 
+def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Any:
+    """torch chooses between two formulas by the weight, which here is unknown: for every entry, in every step."""
+    return NotImplemented if weight.ndim else start + weight * (end - start)
+
+
 aten = torch.ops.aten
+ALWAYS = {aten.lerp.Tensor: _lerp}
 BLOCKED = {
     aten.sum.dim_IntList: _in_blocks(torch.sum),
     aten.amax.default: _in_blocks(torch.amax),
     aten.mean.dim: _mean,
 }
+
+
+# ---- order ---------------------------------------------------------------------------------------------------------
+
+
+def _reduce_late(graph: Graph, count: int) -> None:
+    """Move the reductions of each of `count` tensors, and what waits for them, behind everything else of its step.
+
+    Inductor puts a reduction into an earlier loop over the same weight, but not that loop into the reduction's. A
+    buffer that is still to be read by a reduction is written last: to write it, Inductor stores all that was read.
+    """
+    late, read_late = set[Node](), set[Node]()
+    for node in graph.nodes:
+        if _is_reduction(node) or any(x in late for x in node.all_input_nodes):
+            late.add(node)
+    for node in reversed(graph.nodes):
+        if any(x in late or (x in read_late and not _is_write(x)) for x in node.users):
+            read_late.add(node)
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    writes = [node for node in nodes if _is_write(node)]
+    late |= {node for node in writes if node.args[0] in read_late}
+    ends = set(writes[len(writes) // count - 1 :: len(writes) // count])  # tensor after tensor was traced
+    own: list[Node] = []
+    for node in nodes:
+        own += [node] if node in late else []
+        if node in ends:
+            for x in own:
+                node.append(x)
+                node = x
+            own = []
+
+
+def _write_early(graph: Graph) -> None:
+    """Write new state where it is computed, and let what follows read it there.
+
+    A step has one more loop over the weight than it has reductions that wait for each other: every one of them would
+    compute the new state from the old.
+    """
+    nodes = list(graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
+    for write in filter(_is_write, nodes):
+        buffer, value = write.args
+        own, new = buffer.meta["val"], value.meta["val"]
+        same = own.dtype == new.dtype and own.ndim == new.ndim and _numel(buffer) == _numel(value)
+        if same and _is_made(value) and all(place[x] <= place[value] for x in _past(buffer, value) - {write}):
+            later = [user for user in value.users if user is not write]
+            value.append(write)
+            for user in later:
+                user.replace_input_with(value, write)
+
+
+def _past(start: Node, end: Node) -> set[Node]:
+    """All nodes that a value gets to without going through `end`."""
+    found, waiting = set[Node](), [start]
+    while waiting:
+        fresh = {user for user in waiting.pop().users if user is not end} - found
+        found |= fresh
+        waiting += fresh
+    return found
 
 
 # ---- small values --------------------------------------------------------------------------------------------------
@@ -158,8 +230,16 @@ def _store_small(graph: Graph) -> None:
 
 
 def _is_made(node: Node) -> bool:
-    """Whether it is a tensor that was computed, and not just seen in another shape."""
-    return node.op == "call_function" and _numel(node) > 0 and _name(node) not in VIEWS
+    """Whether it is a tensor that was computed from others, and not just seen in another shape."""
+    return node.op == "call_function" and _numel(node) > 0 and _name(node) not in VIEWS and bool(node.all_input_nodes)
+
+
+def _is_write(node: Node) -> bool:
+    return node.target is aten.copy_.default
+
+
+def _is_reduction(node: Node) -> bool:
+    return _is_made(node) and any(_numel(x) > 8 * _numel(node) for x in node.all_input_nodes)
 
 
 def _readers(node: Node) -> Iterator[Node]:

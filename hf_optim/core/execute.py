@@ -81,7 +81,7 @@ def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> l
         args = [*chunk.fixed, *(item.gradient(spec.elementwise) for item in chunk.items), packed]
         if pairs is not None:
             args.append(pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))])
-        out = chunk.program.code(*args)
+        out = chunk.program.code(args)
         used += out[0].unbind() if spec.rule.returns_lr else [values["lr"]] * len(chunk.items)
     return used
 
@@ -126,7 +126,7 @@ def programs(spec: Spec, kind: Any, count: int, large: bool) -> codegen.Programs
         return [torch.stack(used)] if spec.rule.returns_lr else []
 
     _announce(spec.rule.__name__)
-    return codegen.Programs(step, large)
+    return codegen.Programs(step, count, large)
 
 
 def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from .precision import back, exact
 from .sharding import amax as amax  # a formula, too, to those who import from here
 from .sharding import beside, settle
+
+
+NARROW = 3  # bytes of a word: fp32 counts up to 2^24 exactly
 
 
 def rms(x: Tensor) -> Tensor:
@@ -41,7 +45,7 @@ def _unit_axes(x: Tensor) -> tuple[int, ...]:
 
 def agrees(a: Tensor, b: Tensor) -> Tensor:
     """1 where both have the same sign, -1 where they differ, 0 where one is 0. Never the product: it underflows."""
-    return a.sign() * b.sign()
+    return a.sign() * b
 
 
 def factored_rsqrt(row: Tensor, col: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
@@ -96,20 +100,36 @@ def square_shape(numel: int) -> tuple[int, int]:
 def pack_signs(x: Tensor) -> Tensor:
     """Bits `x > 0` of an (m, n) matrix as (m, w = ceil(n / 8)) uint8: bit k of byte j is that of column k w + j.
 
-    A row is eight runs of w columns: a CPU packs and unpacks runs in vectors, which it cannot do with neighbours.
+    A row is eight runs of w columns: a CPU packs and unpacks runs in vectors, which it cannot do with neighbours. Rows
+    that are shorter than a vector are packed as words.
     """
     m, n = x.shape
     w = -(-n // 8)
-    runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
-    bits = (runs > 0).to(x.dtype)
-    total = bits[:, 0]
-    for k in range(1, 8):
-        total = total + bits[:, k] * 2**k
-    return total.to(torch.uint8)
+    if 0 < w <= NARROW:
+        places = _places(n, x)
+        word = back(torch.where(x > 0, back(places, x), 0.0).sum(1), places)
+        packed = torch.stack([(word >> 8 * j) & 255 for j in range(w)], 1)
+    else:
+        runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
+        packed = functools.reduce(torch.add, (torch.where(runs[:, k] > 0, 2.0**k, 0.0) for k in range(8)))
+    return packed.to(torch.uint8)
 
 
 def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:
     """+1, or -1 for a bit that is 0, as an (m, n) matrix in the dtype of `ref`."""
-    places = beside(2 ** torch.arange(8, dtype=torch.int32, device=ref.device).view(8, 1), ref)
-    signs = torch.where(packed.int().unsqueeze(1).bitwise_and(places) > 0, 1.0, -1.0).flatten(1)
-    return back(signs if n % 8 == 0 else signs[:, :n], ref)
+    w = packed.shape[1]
+    if 0 < w <= NARROW:
+        places = _places(n, ref)
+        word = functools.reduce(torch.add, (back(packed[:, j : j + 1], places) << 8 * j for j in range(w)))
+        bits = word.bitwise_and(places)
+    else:
+        places = 2 ** (torch.arange(8 * w, dtype=torch.int32, device=ref.device) // w)
+        bits = packed.int().unsqueeze(1).bitwise_and(beside(places.view(8, w), ref)).flatten(1)
+    signs = torch.where(bits > 0, 1.0, -1.0)
+    return back(signs if signs.shape[1] == n else signs[:, :n], ref)
+
+
+def _places(n: int, ref: Tensor) -> Tensor:
+    """The bit of each column in the word that the bytes of its row make."""
+    column, w = torch.arange(n, dtype=torch.int32, device=ref.device), -(-n // 8)
+    return beside(2 ** (column // w + 8 * (column % w)), ref)

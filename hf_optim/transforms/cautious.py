@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cautious updates."""
 
-from ..core import Flag, agrees, hp
+import torch
+
+from ..core import Flag, agrees, back, hp
 
 
 class Cautious(Flag):
@@ -22,6 +24,6 @@ class Cautious(Flag):
     @staticmethod
     def apply(u, c):
         sign = agrees(u, c.g)
-        aligned, live = (sign > 0).to(u.dtype), (sign != 0).to(u.dtype)
-        share = aligned.sum() / live.sum().clamp(min=1.0)
-        return u * aligned / share.clamp(min=c.h.cautious_floor)
+        aligned, live = (back(x.sum(dtype=torch.int32), u) for x in (sign > 0, sign != 0))
+        share = aligned / live.clamp(min=1.0)
+        return torch.where(sign <= 0, 0.0, u) * (1 / share.clamp(min=c.h.cautious_floor))
