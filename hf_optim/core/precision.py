@@ -17,6 +17,7 @@ LEVELS = 127  # codes of either sign
 CODED = 4096  # elements from which a tensor is coded: below, there is little to save
 ROW = 16  # entries of a row: of shorter ones the scales would take most of what is saved
 LARGEST = 1e15  # of a gradient entry; the sum of 1e8 squares is still finite
+_LARGEST_BF16 = 0x7F7F0000  # its bits in fp32
 _MASK32 = 0xFFFFFFFF
 
 
@@ -92,10 +93,8 @@ def write_stochastic(buffer: Tensor, value: Tensor, noise: Tensor) -> None:
     rounded up to inf (it stays at the largest bf16).
     """
     bits = value.view(torch.int32)
-    down = (bits & -65536).view(torch.float32)
-    rounded = ((bits + noise) & -65536).view(torch.float32)
-    rounded = torch.where(rounded.isfinite(), rounded, down)
-    buffer.copy_(torch.where(value.isfinite(), rounded, value))
+    fits = ((bits & 0x7FFFFFFF) - _LARGEST_BF16) >> 31  # all ones where there is something to round up to, else 0
+    buffer.copy_(((bits + (noise & fits)) & -65536).view(torch.float32))
 
 
 def read_codes(codes: Tensor, scale: Tensor) -> Tensor:
@@ -130,11 +129,12 @@ def _of_each(scale: Tensor, entries: Tensor) -> Tensor:
 def write_kahan(p: Tensor, residual: Tensor, value: Tensor) -> None:
     """Round to nearest bf16 and keep what was lost in `residual`, to be added back at the next read.
 
-    The rounded value is widened through its integer bits: Inductor folds `value - value.bfloat16().float()` to 0.
+    On the integer bits: Inductor folds `value - value.bfloat16().float()` to 0.
     """
-    rounded = value.to(torch.bfloat16)
-    widened = (rounded.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    residual.copy_(torch.where(widened.isfinite(), value - widened, 0.0))
+    bits = value.view(torch.int32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).view(torch.float32)
+    rounded = torch.where(value.isfinite(), rounded, value)
+    residual.copy_(torch.where(rounded.isfinite(), value - rounded, 0.0))
     p.copy_(rounded)
 
 
