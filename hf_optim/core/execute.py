@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import codegen, precision, sharding
 from .pipeline import Spec, step_tensor
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 16  # tensors per compiled call: compile time grows with it, the share of a call that each pays falls
 BLOCK = 1 << 17  # elements of a CPU tensor that the eager loop works on at a time
+LANES = 64  # of them that the widest CPU kernel takes at a time
 AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it will save
 _broken: set[Any] = set()  # optimizers of this process that the compiler has failed on
 
@@ -60,15 +62,24 @@ def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tupl
 
 
 def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], int]]:
-    """A flat CPU tensor in blocks whose temporaries stay in the cache: fresh large ones cost page faults."""
+    """A flat CPU tensor in blocks whose temporaries stay in the cache: fresh large ones cost page faults.
+
+    The last block is filled up to whole vectors: what is left of one, PyTorch computes by other functions, whose atan2
+    or exp differ in the last bit. So an entry would depend on where shards end.
+    """
     n = item.weight.numel()
-    if not item.flat or n <= BLOCK or item.weight.device.type != "cpu":
+    if not item.flat or item.weight.device.type != "cpu":
         yield item.weight, g, item.bufs, 0
         return
-    weight, g, bufs = item.weight.view(-1), g.view(-1), {name: b.view(-1) for name, b in item.bufs.items()}
+    flat = [x.view(-1) for x in (item.weight, g, *item.bufs.values())]
     for start in range(0, n, BLOCK):
-        cut = slice(start, start + BLOCK)
-        yield weight[cut], g[cut], {name: b[cut] for name, b in bufs.items()}, start
+        cut = [x[start : start + BLOCK] for x in flat]
+        short = -cut[0].numel() % LANES
+        weight, grad, *bufs = [pad(x, (0, short)) for x in cut] if short else cut
+        yield weight, grad, dict(zip(item.bufs, bufs)), start
+        if short:
+            for x, filled in zip((cut[0], *cut[2:]), (weight, *bufs)):
+                x.copy_(filled[: x.numel()])
 
 
 def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:

@@ -108,7 +108,7 @@ def pack_signs(x: Tensor) -> Tensor:
     if 0 < w <= NARROW:
         places = _places(n, x)
         word = back(torch.where(x > 0, back(places, x), 0.0).sum(1), places)
-        packed = torch.stack([(word >> 8 * j) & 255 for j in range(w)], 1)
+        packed = torch.stack([word // 256**j % 256 for j in range(w)], 1)
     else:
         runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
         packed = functools.reduce(torch.add, (torch.where(runs[:, k] > 0, 2.0**k, 0.0) for k in range(8)))
@@ -120,7 +120,7 @@ def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:
     w = packed.shape[1]
     if 0 < w <= NARROW:
         places = _places(n, ref)
-        word = functools.reduce(torch.add, (back(packed[:, j : j + 1], places) << 8 * j for j in range(w)))
+        word = functools.reduce(torch.add, (back(packed[:, j : j + 1], places) * 256**j for j in range(w)))
         bits = word.bitwise_and(places)
     else:
         places = 2 ** (torch.arange(8 * w, dtype=torch.int32, device=ref.device) // w)

@@ -155,7 +155,7 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
     pointer = sharding.local(weight).data_ptr()
     dense = weight.numel() > 0 and all(x.is_contiguous() for x in (weight, g, *bufs.values()))
-    flat = spec.elementwise and weight.numel() > 1 and dense and all(b.shape == weight.shape for b in bufs.values())
+    flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
         weight, bufs = flatten(weight), {name: flatten(b) for name, b in bufs.items()}
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
