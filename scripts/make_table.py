@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "results" / "results.json"
 SHARDING = RESULTS.with_name("sharding.json")  # by scripts/compare_sharding.py
 STEPS = ("gpt2", "lora")  # by scripts/bench_step.py
+TESTS = RESULTS.with_name("tests.json")  # by scripts/count_tests.py
 PRECISION = RESULTS.with_name("precision.json")  # by scripts/compare_precision.py
 
 
@@ -148,6 +149,17 @@ def speed() -> str:
     return "\n".join(rows)
 
 
+def tests() -> str:
+    """What test runs have shown, subject by subject."""
+    record = json.loads(TESTS.read_text())
+    rows = ["| what | passed | failed | skipped | `tests/` |", "|---|---|---|---|---|"]
+    for r in record["subjects"]:
+        files = ", ".join(f"`test_{file}.py`" for file in r["files"])
+        rows.append(f"| {r['subject']} | {r['passed']:,} | {r['failed']} | {r['skipped']} | {files} |")
+    rows += ["", f"{record['date']}, {record['machine']}, torch {record['torch']}."]
+    return "\n".join(rows)
+
+
 TABLES = {
     "optimizers": optimizers,
     "flags": flags,
@@ -155,6 +167,7 @@ TABLES = {
     "precision": precision,
     "sharding": sharding,
     "speed": speed,
+    "tests": tests,
 }
 
 

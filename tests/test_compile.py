@@ -317,3 +317,39 @@ def test_generated_code_equals_the_loop_for_all(name, flags):
     _, params, _, theirs = compare_with_inductor(name, [(64, 64), (33,)], **options)
     different = torch.cat([(p != q).flatten() for p, q in zip(params, theirs)]).float().mean()
     assert different < 0.01
+
+
+# ---- what is read and stored ---------------------------------------------------------------------------------------
+
+
+def places(graph, kind):
+    """Position of each node of a kind, and of what it writes or reduces."""
+    return [i for i, node in enumerate(graph.nodes) if getattr(node.target, "__name__", "").startswith(kind)]
+
+
+@pytest.mark.parametrize("which, early", [("cautious_adamw", ("m", "v")), ("lamb", ("m", "v")), ("smmf", ())])
+def test_what_waits_for_no_reduction_comes_before_them(which, early, graphs):
+    optimizer, params = build(which, [(40, 32), (40, 32), (40, 32)], backend="fused", weight_decay=0.1)
+    advance(optimizer, params, 1)
+    names = ["weight", *optimizer.spec(optimizer.param_groups[0], params[0], [{}]).stored]
+    for module in graphs:
+        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        reduced, written = places(module.graph, "sum") + places(module.graph, "mean"), places(module.graph, "copy_")
+        nodes = list(module.graph.nodes)
+        before = {nodes[i].args[0] for i in written if i < min(reduced)}
+        first = dict(zip(names, inputs))  # the buffers of the first tensor
+        # new moments are read again by what follows the reductions; SMMF's weight waits for none of them
+        assert {first[name] for name in early or ("weight",)} <= before
+        assert first["weight"] not in before or not early
+
+
+@pytest.mark.parametrize(
+    "which", [pytest.param(n, marks=pytest.mark.slow) for n in ("lamb", "smmf", "sm3")] + ["adafactor_corrected"]
+)
+def test_no_temporary_is_as_large_as_the_weight(which):
+    optimizer, params = build(which, [(1024, 512)], backend="fused", weight_decay=0.1)
+    advance(optimizer, params, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert not execute._broken and sizes and max(sizes) < params[0].nbytes / 8

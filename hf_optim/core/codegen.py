@@ -27,9 +27,11 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from .graph import reduce_late, store_small, write_early
 
 
 REGISTER = 16  # fp32 elements of the widest vector register
@@ -47,8 +49,6 @@ OPTIONS = {
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
 }
-VIEWS = {"unsqueeze", "squeeze", "view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"}
-VIEWS |= {"unbind", "getitem", "alias", "detach"}
 
 Traced = Callable[..., list[Tensor]]
 
@@ -99,9 +99,9 @@ def build(function: Traced, args: list[Tensor], count: int, large: bool, fixed: 
         with mode:
             graph = make_fx(function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
         graph.eliminate_dead_code()
-        _reduce_late(graph, count)
-        _write_early(graph)
-        _store_small(graph)
+        reduce_late(graph, count)
+        write_early(graph)
+        store_small(graph)
         module = GraphModule(torch.nn.Module(), graph)
         with tracing(TracingContext(mode)), config.patch(OPTIONS), bits_in_registers():
             code = compile_fx_inner(module, list(fakes), is_inference=True)
@@ -117,11 +117,6 @@ def _fake(mode: FakeTensorMode, x: Tensor, position: int, fixed: bool) -> Tensor
     x = x.as_strided(x.shape, x.stride(), 0)  # where in its storage a tensor begins is nothing to the code
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
-
-
-def _hint(size: Any) -> int:
-    """The number that a size of the traced example has, without making it a condition."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 # ---- reductions over rows, on a CPU --------------------------------------------------------------------------------
@@ -172,109 +167,3 @@ BLOCKED = {
     aten.amax.default: _in_blocks(torch.amax),
     aten.mean.dim: _mean,
 }
-
-
-# ---- order ---------------------------------------------------------------------------------------------------------
-
-
-def _reduce_late(graph: Graph, count: int) -> None:
-    """Move the reductions of each of `count` tensors, and what waits for them, behind everything else of its step.
-
-    Inductor puts a reduction into an earlier loop over the same weight, but not that loop into the reduction's. A
-    buffer that is still to be read by a reduction is written last: to write it, Inductor stores all that was read.
-    """
-    late, read_late = set[Node](), set[Node]()
-    for node in graph.nodes:
-        if _is_reduction(node) or any(x in late for x in node.all_input_nodes):
-            late.add(node)
-    for node in reversed(graph.nodes):
-        if any(x in late or (x in read_late and not _is_write(x)) for x in node.users):
-            read_late.add(node)
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    writes = [node for node in nodes if _is_write(node)]
-    late |= {node for node in writes if node.args[0] in read_late}
-    ends = set(writes[len(writes) // count - 1 :: len(writes) // count])  # tensor after tensor was traced
-    own: list[Node] = []
-    for node in nodes:
-        own += [node] if node in late else []
-        if node in ends:
-            for x in own:
-                node.append(x)
-                node = x
-            own = []
-
-
-def _write_early(graph: Graph) -> None:
-    """Write new state where it is computed, and let what follows read it there.
-
-    A step has one more loop over the weight than it has reductions that wait for each other: every one of them would
-    compute the new state from the old.
-    """
-    nodes = list(graph.nodes)
-    place = {node: i for i, node in enumerate(nodes)}
-    for write in filter(_is_write, nodes):
-        buffer, value = write.args
-        own, new = buffer.meta["val"], value.meta["val"]
-        same = own.dtype == new.dtype and own.ndim == new.ndim and _numel(buffer) == _numel(value)
-        if same and _is_made(value) and all(place[x] <= place[value] for x in _past(buffer, value) - {write}):
-            later = [user for user in value.users if user is not write]
-            value.append(write)
-            for user in later:
-                user.replace_input_with(value, write)
-
-
-def _past(start: Node, end: Node) -> set[Node]:
-    """All nodes that a value gets to without going through `end`."""
-    found, waiting = set[Node](), [start]
-    while waiting:
-        fresh = {user for user in waiting.pop().users if user is not end} - found
-        found |= fresh
-        waiting += fresh
-    return found
-
-
-# ---- small values --------------------------------------------------------------------------------------------------
-
-
-def _store_small(graph: Graph) -> None:
-    """Return the vectors and scalars that weight-sized computations read.
-
-    Inductor stores outputs; anything else elementwise it computes again for every entry of the weight.
-    """
-    output = next(iter(reversed(graph.nodes)))
-    passed = [
-        node for node in graph.nodes if _is_made(node) and any(_numel(x) > 8 * _numel(node) for x in _readers(node))
-    ]
-    output.args = (tuple([*output.args[0], *passed]),)
-
-
-def _is_made(node: Node) -> bool:
-    """Whether it is a tensor that was computed from others, and not just seen in another shape."""
-    return node.op == "call_function" and _numel(node) > 0 and _name(node) not in VIEWS and bool(node.all_input_nodes)
-
-
-def _is_write(node: Node) -> bool:
-    return node.target is aten.copy_.default
-
-
-def _is_reduction(node: Node) -> bool:
-    return _is_made(node) and any(_numel(x) > 8 * _numel(node) for x in node.all_input_nodes)
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """The nodes that compute with a tensor, also in another shape."""
-    for user in node.users:
-        if _name(user) in VIEWS:
-            yield from _readers(user)
-        else:
-            yield user
-
-
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", "").split(".")[0]
-
-
-def _numel(node: Node) -> int:
-    """Elements of a tensor, in the traced example; 0 for a size or a list."""
-    value = node.meta.get("val")
-    return _hint(value.numel()) if isinstance(value, Tensor) else 0
