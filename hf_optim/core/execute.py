@@ -101,7 +101,7 @@ def chunks(call: Call) -> list[Chunk]:
     """The items in full chunks, then one by one: two sizes of code, whatever the number of tensors."""
     spec, found, start = call.spec, [], 0
     large = not spec.elementwise and call.items[0].weight.numel() >= codegen.LARGE
-    size = 1 if large else CHUNK if spec.elementwise else CHUNK // 4
+    size = 1 if large else CHUNK if spec.elementwise else max(1, CHUNK // 4)
     while start < len(call.items):
         items = call.items[start : start + size]
         items = items if len(items) == size else items[:1]
