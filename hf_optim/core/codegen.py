@@ -154,7 +154,7 @@ def bits_in_registers() -> Iterator[None]:
     def bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
         if {dtype, src_dtype} != {torch.float32, torch.int32}:
             return real(x, dtype, src_dtype)
-        return f"c10::bit_cast<{V.kernel._get_vec_type(dtype)}>({x})"
+        return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
 
     with patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(bitcast)):
         yield
