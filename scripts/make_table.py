@@ -160,6 +160,24 @@ def tests() -> str:
     return "\n".join(rows)
 
 
+def rounding() -> str:
+    """What the ways to round bf16 weights cost in time."""
+    ways = ("nearest", "stochastic", "kahan")
+    stem = "step_gpt2_bfloat16_cpu_precision-{}.json"
+    records = {way: json.loads((RESULTS.parent / stem.format(way)).read_text()) for way in ways}
+    rows = ["| optimizer | stochastic / nearest | Kahan / nearest |", "|---|---|---|"]
+    for name in records["nearest"]["optimizers"]:
+        base, *others = (records[way]["optimizers"][name]["ratio"] for way in ways)
+        rows.append(f"| `{name}` | " + " | ".join(f"{other / base:.2f}" for other in others) + " |")
+    last = records["nearest"]
+    rows += [
+        "",
+        f"bf16 weights, fp32 state, GPT-2 small, {last['threads']} thread, in {last['processes']} fresh process(es); "
+        f"{last['date']}, {last['device']}, torch {last['torch']}.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES = {
     "optimizers": optimizers,
     "flags": flags,
@@ -167,6 +185,7 @@ TABLES = {
     "precision": precision,
     "sharding": sharding,
     "speed": speed,
+    "rounding": rounding,
     "tests": tests,
 }
 

@@ -145,6 +145,15 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Any:
     return NotImplemented if weight.ndim else start + weight * (end - start)
 
 
+def _sign(x: Tensor) -> Any:
+    """By its bits: Inductor makes two comparisons and two choices of it."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    bits = x.view(torch.int32)
+    nonzero = -(bits & 0x7FFFFFFF) >> 31  # all ones, or 0
+    return ((bits & -0x80000000 | 0x3F800000) & nonzero).view(torch.float32)
+
+
 @contextmanager
 def bits_in_registers() -> Iterator[None]:
     """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one: stochastic
@@ -161,7 +170,7 @@ def bits_in_registers() -> Iterator[None]:
 
 
 aten = torch.ops.aten
-ALWAYS = {aten.lerp.Tensor: _lerp}
+ALWAYS = {aten.lerp.Tensor: _lerp, aten.sign.default: _sign}
 BLOCKED = {
     aten.sum.dim_IntList: _in_blocks(torch.sum),
     aten.amax.default: _in_blocks(torch.amax),

@@ -26,4 +26,4 @@ class Cautious(Flag):
         sign = agrees(u, c.g)
         aligned, live = (back(x.sum(dtype=torch.int32), u) for x in (sign > 0, sign != 0))
         share = aligned / live.clamp(min=1.0)
-        return torch.where(sign <= 0, 0.0, u) * (1 / share.clamp(min=c.h.cautious_floor))
+        return u * (back(sign > 0, u) * (1 / share.clamp(min=c.h.cautious_floor)))
