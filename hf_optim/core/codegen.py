@@ -170,8 +170,8 @@ def bits_in_registers() -> Iterator[None]:
 
 
 aten = torch.ops.aten
-ALWAYS = {aten.lerp.Tensor: _lerp, aten.sign.default: _sign}
-BLOCKED = {
+ALWAYS: dict[Any, Callable[..., Any]] = {aten.lerp.Tensor: _lerp, aten.sign.default: _sign}
+BLOCKED: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: _in_blocks(torch.sum),
     aten.amax.default: _in_blocks(torch.amax),
     aten.mean.dim: _mean,
