@@ -527,7 +527,8 @@ def released_equals_ordinary(name):
     released = trained(name, args=joined(scope(name), RELEASE))
     assert innermost(released.optimizer)._release is not None and same(plain, released)
     for a, b in zip(plain.state.log_history[:-1], released.state.log_history[:-1]):  # the last is the run's time
-        assert a.pop("grad_norm") > 0 and a == pytest.approx(b)  # `grad_norm` is in a alone
+        # `grad_norm` is in a alone; transformers 5.2 logs it only where it clips
+        assert a.pop("grad_norm", 1.0) > 0 and a == pytest.approx(b)
 
 
 def test_a_released_run_is_the_ordinary_run(registered):
