@@ -73,6 +73,7 @@ class Programs:
     count: int
     large: bool
     compiled: list[Program] = field(default_factory=list)
+    widths: set[int] = field(default_factory=set)  # lengths of rows with code of their own
     built: ClassVar[int] = 0  # in this process, of all functions: what a benchmark reports
 
     def serving(self, args: list[Tensor]) -> Program:
@@ -82,7 +83,9 @@ class Programs:
                 return program
         if len(self.compiled) >= VARIANTS:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
-        fixed = len(self.compiled) < WIDTHS
+        if args[0].ndim > 1 and len(self.widths) < WIDTHS:
+            self.widths.add(args[0].shape[-1])
+        fixed = args[0].ndim > 1 and args[0].shape[-1] in self.widths
         self.compiled.append(build(self.function, args, self.count, self.large, fixed))
         Programs.built += 1
         return self.compiled[-1]
@@ -125,12 +128,18 @@ def _fake(mode: FakeTensorMode, x: Tensor, position: int, fixed: bool) -> Tensor
 def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
     """Over the rows of a block, then over blocks: one column after the other, memory would be read in large steps."""
 
+    inside = False  # blocks are reduced as they are: code in more steps would be code for fewer sizes
+
     def decomposed(x: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> Any:
-        if x.ndim < 2 or list(dim) != [0] or keepdim or options or x.shape[0] < 2 * ROWS:
+        nonlocal inside
+        if inside or x.ndim < 2 or list(dim) != [0] or keepdim or options or x.shape[0] < 2 * ROWS:
             return NotImplemented
-        whole = x.shape[0] // ROWS * ROWS
-        out = reduce(reduce(x[:whole].unflatten(0, (-1, ROWS)), [1]), [0])
-        return out if x.shape[0] % ROWS == 0 else reduce(torch.stack([out, reduce(x[whole:], [0])]), [0])
+        inside, whole = True, x.shape[0] // ROWS * ROWS
+        try:
+            out = reduce(reduce(x[:whole].unflatten(0, (-1, ROWS)), [1]), [0])
+            return out if x.shape[0] % ROWS == 0 else reduce(torch.stack([out, reduce(x[whole:], [0])]), [0])
+        finally:
+            inside = False
 
     return decomposed
 
