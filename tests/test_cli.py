@@ -60,11 +60,11 @@ def test_env_names_versions():
     [
         (("show", "adallo"), "did you mean 'adalo'"),
         (("list", "zz*"), "no optimizer matches 'zz*'"),
-        (("show",), "Missing argument"),
-        (("frobnicate",), "No such command"),
+        pytest.param(("show",), "Missing argument", marks=pytest.mark.slow),
+        pytest.param(("frobnicate",), "No such command", marks=pytest.mark.slow),
         (("memory", "/nowhere", "--optim", "sm3"), "no config of transformers at '/nowhere'"),
         (("run", "/nowhere/train.py"), "no such script: /nowhere/train.py"),
-        (("run",), "hf-optim run SCRIPT"),
+        pytest.param(("run",), "hf-optim run SCRIPT", marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_go_to_stderr_with_exit_code_2(words, message):
