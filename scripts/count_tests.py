@@ -32,7 +32,7 @@ SUBJECTS = {  # what the README says of it, and the files of tests/ that show it
     "FSDP2: even and uneven shards, fewer rows than ranks, tied, frozen, no gradient; collectives": ("sharding",),
     "DeepSpeed ZeRO equals DDP, or is refused": ("deepspeed", "verdicts"),
     "resume after `kill -9` bit for bit; damaged checkpoints are refused or replaced": ("resume",),
-    "checkpoints of every release load bit for bit": ("golden",),
+    "kept checkpoints of every optimizer load bit for bit": ("golden",),
     "generic checks of every optimizer: state_dict, pickle, hooks, closures, layouts, ...": (
         "conformance",
         "conformance_more",

@@ -3,6 +3,8 @@
 """What every test file shares: `name` runs over the registry, `class_name` over one name of each class; parameters and
 gradients come from a seed."""
 
+import gc
+
 import pytest
 import torch
 
@@ -53,3 +55,12 @@ def advance(optimizer, params, steps, first=1, scale=1.0):
     for t in range(first, first + steps):
         fill_grads(params, seed=t, scale=scale)
         optimizer.step(loss=loss_at(t) if optimizer.needs_loss else None)
+
+
+@pytest.fixture(scope="module")
+def forking_trainers():
+    """Our names are choices of Trainer, which starts often, and in forks."""
+    hf_optim.register()
+    gc.collect(), gc.freeze()  # Trainer collects garbage at every start: not that of all modules, copied in a fork
+    yield
+    gc.unfreeze()

@@ -323,7 +323,7 @@ def test_generated_code_equals_the_loop_for_all(name, flags):
 
 
 def places(graph, kind):
-    """Position of each node of a kind, and of what it writes or reduces."""
+    """Positions of the nodes of a kind, in the order of the graph."""
     return [i for i, node in enumerate(graph.nodes) if getattr(node.target, "__name__", "").startswith(kind)]
 
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks stay copies of each other, and together are what one process is: DDP, and Trainer under DDP and FSDP2."""
 
-import gc
 import hashlib
 import json
 import os
@@ -33,12 +32,7 @@ SAMPLE = ("adalo", "adafactor_corrected", "muon")  # steps by the loss, by reduc
 STOCHASTIC = {"precision": "stochastic", "state_dtype": "bfloat16"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    hf_optim.register()
-    gc.collect(), gc.freeze()  # Trainer collects garbage at every start: not that of all modules, copied in a fork
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("forking_trainers")
 
 
 def decay(name):

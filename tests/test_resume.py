@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that was killed goes on as if nothing had happened, on one process and on several; damage is never silent."""
 
-import gc
 import os
 import shutil
 import signal
@@ -47,12 +46,7 @@ POINTS = {  # event and step at which the process dies, and the checkpoint that 
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    hf_optim.register()
-    gc.collect(), gc.freeze()  # Trainer collects garbage at every start: not that of all modules, copied in a fork
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("forking_trainers")
 
 
 def make(name, folder, bf16=False, autocast=False, cls=None, **options):

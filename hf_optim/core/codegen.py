@@ -70,8 +70,8 @@ class Programs:
     """What has been compiled for one function: a program for each kind of sizes that it met."""
 
     function: Traced
-    count: int
-    large: bool
+    count: int  # tensors that it steps
+    large: bool  # whether they fill the cache
     compiled: list[Program] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)  # lengths of rows with code of their own
     built: ClassVar[int] = 0  # in this process, of all functions: what a benchmark reports
@@ -155,7 +155,7 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Any:
 
 
 def _sign(x: Tensor) -> Any:
-    """By its bits: Inductor makes two comparisons and two choices of it."""
+    """By its bits: Inductor makes two comparisons and two choices of it. NaN has the sign that it carries, not 0."""
     if x.dtype != torch.float32:
         return NotImplemented
     bits = x.view(torch.int32)

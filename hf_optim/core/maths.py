@@ -44,7 +44,7 @@ def _unit_axes(x: Tensor) -> tuple[int, ...]:
 
 
 def agrees(a: Tensor, b: Tensor) -> Tensor:
-    """1 where both have the same sign, -1 where they differ, 0 where one is 0. Never the product: it underflows."""
+    """Above 0 where both have the same sign, below where not, 0 where one is 0. The product would underflow."""
     return a.sign() * b
 
 
@@ -108,6 +108,7 @@ def pack_signs(x: Tensor) -> Tensor:
     if 0 < w <= NARROW:
         places = _places(n, x)
         word = back(torch.where(x > 0, back(places, x), 0.0).sum(1), places)
+        # no shifts, here and below: those of a DTensor are silently wrong (torch 2.13)
         packed = torch.stack([word // 256**j % 256 for j in range(w)], 1)
     else:
         runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)

@@ -89,8 +89,8 @@ def write_nearest(buffer: Tensor, value: Tensor) -> None:
 def write_stochastic(buffer: Tensor, value: Tensor, noise: Tensor) -> None:
     """Round fp32 to bf16 up or down with probability equal to the distance: unbiased, so small updates add up.
 
-    Works on the integer bits, which Inductor does not fold away. NaN and inf are kept, and a finite value is never
-    rounded up to inf (it stays at the largest bf16).
+    Works on the integer bits, which Inductor does not fold away. NaN (as arithmetic makes it, quiet) and inf are kept,
+    and a finite value is never rounded up to inf (it stays at the largest bf16).
     """
     bits = value.view(torch.int32)
     fits = ((bits & 0x7FFFFFFF) - _LARGEST_BF16) >> 31  # all ones where there is something to round up to, else 0
