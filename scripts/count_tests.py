@@ -29,7 +29,10 @@ SUBJECTS = {  # what the README says of it, and the files of tests/ that show it
         "loss",
     ),
     "DDP: replicas bit-identical, accumulation = more processes, FSDP2 through Trainer, launched scripts": ("ranks",),
-    "FSDP2: even and uneven shards, fewer rows than ranks, tied, frozen, no gradient; collectives": ("sharding",),
+    "FSDP2: even and uneven shards, fewer rows than ranks, tied, frozen, no gradient; collectives": (
+        "sharding",
+        "sharded_code",
+    ),
     "DeepSpeed ZeRO equals DDP, or is refused": ("deepspeed", "verdicts"),
     "resume after `kill -9` bit for bit; damaged checkpoints are refused or replaced": ("resume",),
     "kept checkpoints of every optimizer load bit for bit": ("golden",),

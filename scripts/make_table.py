@@ -88,6 +88,9 @@ def sharding() -> str:
         fine = [r for r in found if r.get("difference", math.inf) <= record["tolerance"]]
         counts = [r["collectives_per_matrix"] for r in fine]
         span = f"{min(counts):g} to {max(counts):g}" if counts else ""
+        joined = [r["compiled_per_matrix"] for r in fine if "compiled_per_matrix" in r]
+        if joined:
+            span += f" (compiled, of 8 alike: {min(joined):g} to {max(joined):g})"
         rows.append(f"| {package}, all usable | {len(fine)} of {len(found)} right | {span} |")
         known = {name.lower() for name in NOTABLE.get(package, ())}
         for r in (r for r in found if r["name"].lower() in known):

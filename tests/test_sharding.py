@@ -74,12 +74,13 @@ def many(name):
     return [(o, torch.float32) for o in fp32] + [(o, BF16) for o in bf16]
 
 
-def run_both(name, options, dtype, mesh, placements=None, shapes=SHAPES, steps=3):
-    """(optimizer, parameters) of a whole and of a sharded run with the same gradients."""
+def run_both(name, options, dtype, mesh, placements=None, shapes=SHAPES, steps=3, backend="auto"):
+    """(optimizer, parameters) of a whole and of a sharded run with the same gradients; the latter on `backend`."""
     plain, start = make_params(shapes, dtype), make_params(shapes, dtype)
     sharded = [torch.nn.Parameter(place(p, mesh, placements)) for p in start]
     options = {**brisk(name), **options}
-    one, two = hf_optim.create(name, plain, **options), hf_optim.create(name, sharded, **options)
+    one = hf_optim.create(name, plain, **options)
+    two = hf_optim.create(name, sharded, **options, backend=backend)
     for t in range(1, steps + 1):
         for p, q, g in zip(plain, sharded, fill_grads(plain, seed=t)):
             q.grad = place(g, mesh, placements)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -27,11 +28,12 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from .graph import reduce_late, store_small, write_early
+from . import sharding
+from .graph import parts, reduce_late, store_small, write_early
 
 
 REGISTER = 16  # fp32 elements of the widest vector register
@@ -40,6 +42,7 @@ LARGE = 1 << 18  # elements from which a tensor that is reduced is stepped alone
 ROWS = 24  # of a block in which a CPU reduces over rows: the next line of memory of each is then near
 WIDTHS = 4  # lengths of rows that get code of their own, which is faster; further ones share code for any length
 VARIANTS = 12  # kinds of sizes that one step may be compiled for at all
+LAYOUTS = 32  # shapes of sharded tensors that one step may be compiled for: DTensors have fixed sizes
 OPTIONS = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
@@ -51,15 +54,30 @@ OPTIONS = {
 }
 
 Traced = Callable[..., list[Tensor]]
+Code = Callable[[list[Tensor]], Sequence[Tensor]]  # empties the list of arguments
 
 
 @dataclass
 class Program:
     """Compiled code, and the condition on the sizes of its arguments that it was compiled under."""
 
-    code: Callable[[list[Tensor]], Sequence[Tensor]]  # empties the list of arguments
+    code: Code
     condition: str
     env: ShapeEnv
+    before: list[tuple[Code, list[sharding.Collective]]]  # parts of the step that end by asking other ranks
+
+    @property
+    def alone(self) -> bool:
+        """Whether a tensor as a whole is sent to other ranks: not to be done with many at once."""
+        return not all(collective.adds for _, sends in self.before for collective in sends)
+
+    def meet(self, every: list[list[Tensor]]) -> None:
+        """Complete the arguments of several calls by what `code` needs from other ranks."""
+        for code, sends in self.before:
+            sent = [x for args in every for x in code([*args])[: len(sends)]]
+            received = iter(sharding.exchange(sends * len(every), sent))
+            for args in every:
+                args += islice(received, len(sends))
 
     def serves(self, args: Sequence[Tensor]) -> bool:
         return bool(self.env.evaluate_guards_expression(self.condition or "True", args))
@@ -72,6 +90,7 @@ class Programs:
     function: Traced
     count: int  # tensors that it steps
     large: bool  # whether they fill the cache
+    layout: sharding.Layout | None  # of sharded ones: their sizes are fixed
     compiled: list[Program] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)  # lengths of rows with code of their own
     built: ClassVar[int] = 0  # in this process, of all functions: what a benchmark reports
@@ -85,38 +104,47 @@ class Programs:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
         if args[0].ndim > 1 and len(self.widths) < WIDTHS:
             self.widths.add(args[0].shape[-1])
-        fixed = args[0].ndim > 1 and args[0].shape[-1] in self.widths
-        self.compiled.append(build(self.function, args, self.count, self.large, fixed))
+        with sharding.on_all_or_none(self.layout):
+            self.compiled.append(self._build(args))
         Programs.built += 1
         return self.compiled[-1]
 
+    def _build(self, args: list[Tensor]) -> Program:
+        """Trace the function and compile it, for any sizes but those that `_sizes` says are fixed."""
+        env = ShapeEnv(duck_shape=False)  # sizes that happen to be equal now need not be later
+        mode = FakeTensorMode(shape_env=env)
+        on_cpu, rows = args[0].device.type == "cpu", args[0].ndim > 1 and args[0].shape[-1] in self.widths
+        with torch.no_grad():
+            fakes: list[Any] = [_fake(mode, x, i, self._sizes(x, rows)) for i, x in enumerate(args)]
+            table = select_decomp_table() | ALWAYS | (BLOCKED if self.large and on_cpu else {})
+            with mode:
+                graph = make_fx(self.function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
+            graph.eliminate_dead_code()
+            *before, (last, _) = [(_compile(part, mode, self.count), sends) for part, sends in parts(graph)]
+        sources: list[Any] = [LocalSource(f"t{i}") for i in range(len(fakes))]
+        guards = env.produce_guards(fakes, sources, ignore_static=False)
+        return Program(last, " and ".join(g for g in guards if "storage_offset" not in g), env, before)
 
-def build(function: Traced, args: list[Tensor], count: int, large: bool, fixed: bool) -> Program:
-    """Trace `function`, the step of `count` tensors, for any sizes (0 and 1 are constants, and the length of rows if
-    `fixed`) and compile it."""
-    env = ShapeEnv(duck_shape=False)  # sizes that happen to be equal now need not be later
-    mode = FakeTensorMode(shape_env=env)
-    with torch.no_grad():
-        fakes: list[Any] = [_fake(mode, x, i, fixed) for i, x in enumerate(args)]
-        table = select_decomp_table() | ALWAYS | (BLOCKED if large and args[0].device.type == "cpu" else {})
-        with mode:
-            graph = make_fx(function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
-        graph.eliminate_dead_code()
-        reduce_late(graph, count)
-        write_early(graph)
-        store_small(graph)
-        module = GraphModule(torch.nn.Module(), graph)
-        with tracing(TracingContext(mode)), config.patch(OPTIONS), bits_in_registers():
-            code = compile_fx_inner(module, list(fakes), is_inference=True)
-    sources: list[Any] = [LocalSource(f"t{i}") for i in range(len(fakes))]
-    guards = env.produce_guards(fakes, sources, ignore_static=False)
-    return Program(code, " and ".join(g for g in guards if "storage_offset" not in g), env)
+    def _sizes(self, x: Tensor, rows: bool) -> list[DimDynamic]:
+        """Which sizes may differ in another call (0 and 1 never may). With `rows`, not their length; of a DTensor,
+        none."""
+        sizes = [DimDynamic.STATIC if self.layout else DimDynamic.DYNAMIC] * x.ndim
+        if rows and x.ndim > 1 and x.shape[-1] % REGISTER == 0:
+            sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
+        return sizes
 
 
-def _fake(mode: FakeTensorMode, x: Tensor, position: int, fixed: bool) -> Tensor:
-    sizes = [DimDynamic.DYNAMIC] * x.ndim
-    if fixed and x.ndim > 1 and x.shape[-1] % REGISTER == 0:
-        sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
+def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
+    reduce_late(graph, count)
+    write_early(graph)
+    store_small(graph)
+    module = GraphModule(torch.nn.Module(), graph)
+    inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    with tracing(TracingContext(mode)), config.patch(OPTIONS), bits_in_registers():
+        return compile_fx_inner(module, inputs, is_inference=True)
+
+
+def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:
     x = x.as_strided(x.shape, x.stride(), 0)  # where in its storage a tensor begins is nothing to the code
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
@@ -142,11 +170,6 @@ def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
             inside = False
 
     return decomposed
-
-
-def _mean(x: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> Any:
-    total = _in_blocks(torch.sum)(x, dim, keepdim, **options)
-    return total if total is NotImplemented else total / x.shape[0]
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Any:
@@ -183,5 +206,4 @@ ALWAYS: dict[Any, Callable[..., Any]] = {aten.lerp.Tensor: _lerp, aten.sign.defa
 BLOCKED: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: _in_blocks(torch.sum),
     aten.amax.default: _in_blocks(torch.amax),
-    aten.mean.dim: _mean,
 }

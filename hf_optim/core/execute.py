@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -15,7 +16,8 @@ from torch.nn.functional import pad
 
 from . import codegen, precision, sharding
 from .pipeline import Spec, step_tensor
-from .plan import Call, Chunk, Item
+from .plan import Call, Chunk, Item, Kind
+from .sharding import placed
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ BLOCK = 1 << 17  # elements of a CPU tensor that the eager loop works on at a ti
 LANES = 64  # of them that the widest CPU kernel takes at a time
 AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it will save
 _broken: set[Any] = set()  # optimizers of this process that the compiler has failed on
+_sharded: Counter[Spec] = Counter()  # shapes of sharded tensors that it has worked on
 
 
 def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
@@ -40,7 +43,7 @@ def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backen
     A compiler that fails does so before anything is written: all steps of that optimizer go through the loop then,
     with one warning.
     """
-    if call.items[0].dense and fusable(call.spec, call.items[0].weight, backend):
+    if call.items[0].kind.dense and fusable(call.spec, call.items[0].weight, backend):
         try:
             call.chunks = call.chunks or chunks(call)
         except Exception as error:  # whatever goes wrong in tracing and compiling: the loop is always right
@@ -88,56 +91,80 @@ def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> l
     packed = pack([values[name] for name in spec.dynamic], torch.float32, device)
     pairs = pack([x for pair in noise for x in pair], torch.int32, device) if spec.noisy else None
     used: list[Any] = []
-    for chunk in call.chunks:
-        args = [*chunk.fixed, *(item.gradient(spec.elementwise) for item in chunk.items), packed]
-        if pairs is not None:
-            args.append(pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))])
+    for chunk, args in _met(call.chunks, packed, pairs):
         out = chunk.program.code(args)
         used += out[0].unbind() if spec.rule.returns_lr else [values["lr"]] * len(chunk.items)
     return used
 
 
+def _met(chunks: list[Chunk], packed: Tensor, pairs: Tensor | None) -> Iterator[tuple[Chunk, list[Tensor]]]:
+    """Every chunk with its arguments; those of sharded tensors after all of them have met the other ranks."""
+    program = chunks[0].program
+    together = len(chunks) if program.before and not program.alone else 1
+    for first in range(0, len(chunks), together):
+        batch = chunks[first : first + together]
+        every = [_arguments(chunk, packed, pairs) for chunk in batch]
+        if program.before:
+            program.meet(every)
+        yield from zip(batch, every)
+
+
+def _arguments(chunk: Chunk, packed: Tensor, pairs: Tensor | None) -> list[Tensor]:
+    args = [*chunk.fixed, *(item.gradient(local=True) for item in chunk.items), packed]
+    if pairs is not None:
+        args.append(pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))])
+    return args
+
+
 def chunks(call: Call) -> list[Chunk]:
     """The items in full chunks, then one by one: two sizes of code, whatever the number of tensors."""
-    spec, found, start = call.spec, [], 0
-    large = not spec.elementwise and call.items[0].weight.numel() >= codegen.LARGE
-    size = 1 if large else CHUNK if spec.elementwise else max(1, CHUNK // 4)
+    spec, kind, found, start = call.spec, call.items[0].kind, [], 0
+    alone = kind.large or kind.layouts[0]  # what sharded ones ask other ranks for, `meet` joins
+    size = 1 if alone else CHUNK if spec.elementwise else max(1, CHUNK // 4)
     while start < len(call.items):
         items = call.items[start : start + size]
         items = items if len(items) == size else items[:1]
-        found.append(_chunk(spec, call.kind, items, start, large))
+        found.append(_chunk(spec, items, start))
         start += len(items)
     return found
 
 
-def _chunk(spec: Spec, kind: Any, items: list[Item], start: int, large: bool) -> Chunk:
-    fixed = [x for item in items for x in (item.weight, *item.bufs.values())]
-    example = [*fixed, *(item.gradient(spec.elementwise) for item in items)]
+def _chunk(spec: Spec, items: list[Item], start: int) -> Chunk:
+    fixed = [sharding.local(x) for item in items for x in (item.weight, *item.bufs.values())]
+    example = [*fixed, *(item.gradient(local=True) for item in items)]
     example.append(torch.zeros(len(spec.dynamic), device=example[0].device))
     if spec.noisy:
         example.append(torch.zeros(2 * len(items), dtype=torch.int32, device=example[0].device))
-    return Chunk(items, start, fixed, programs(spec, kind, len(items), large).serving(example))
+    return Chunk(items, start, fixed, programs(spec, items[0].kind, len(items)).serving(example))
 
 
 @cache
-def programs(spec: Spec, kind: Any, count: int, large: bool) -> codegen.Programs:
+def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
     """The compiled code for tensors of a kind, `count` at a time."""
-    names = spec.stored
+    place, of_gradient, *of_bufs = kind.layouts
 
     def step(*args: Tensor) -> list[Tensor]:
         rest = iter(args)
-        own = [(next(rest), {name: next(rest) for name in names}) for _ in range(count)]
-        grads = [next(rest) for _ in range(count)]
-        h = spec.hyper(dict(zip(spec.dynamic, next(rest).unbind())))
+        own = [
+            (placed(next(rest), place), {k: placed(next(rest), where) for k, where in zip(spec.stored, of_bufs)})
+            for _ in range(count)
+        ]
+        grads = [placed(next(rest), of_gradient) for _ in range(count)]
+        scalars = [sharding.beside(x, own[0][0]) for x in next(rest).unbind()]
+        h = spec.hyper(dict(zip(spec.dynamic, scalars)))
         pairs = next(rest).unbind() if spec.noisy else (0, 0) * count
         used = [
             step_tensor(spec, weight, g, bufs, h, pairs[2 * i], pairs[2 * i + 1])
             for i, ((weight, bufs), g) in enumerate(zip(own, grads))
         ]
-        return [torch.stack(used)] if spec.rule.returns_lr else []
+        return [torch.stack([sharding.whole(size) for size in used])] if spec.rule.returns_lr else []
 
     _announce(spec.rule.__name__)
-    return codegen.Programs(step, count, large)
+    if place:
+        _sharded[spec] += 1
+        if _sharded[spec] > codegen.LAYOUTS:
+            raise RuntimeError(f"more than {codegen.LAYOUTS} shapes of sharded tensors")
+    return codegen.Programs(step, count, kind.large, place)
 
 
 def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -171,7 +198,6 @@ def fusable(spec: Spec, weight: Tensor, backend: str) -> bool:
     return (
         backend == "fused"
         and spec.rule not in _broken
-        and not sharding.is_sharded(weight)  # rules with reductions run on DTensors, eagerly
         and weight.dtype != torch.float64  # scalars travel in fp32
         and weight.numel() > 0
     )

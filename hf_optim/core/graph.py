@@ -11,9 +11,48 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .sharding import Collective
+
 
 VIEWS = {"unsqueeze", "squeeze", "view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"}
 VIEWS |= {"unbind", "getitem", "alias", "detach"}
+COLLECTIVES = {"_c10d_functional", "_dtensor"}
+
+
+def parts(graph: Graph) -> Iterator[tuple[Graph, list[Collective]]]:
+    """The graph of one tensor cut at its collectives: parts that end with what other ranks are sent, then the rest.
+
+    Every part has the arguments of the whole, and all that was received before it. What else it needs of earlier
+    parts, it computes again: nothing as large as the weight has to wait for other ranks.
+    """
+    depth: dict[Node, int] = {}  # collectives on the way to a node
+    for node in graph.nodes:
+        depth[node] = max((depth[x] for x in node.all_input_nodes), default=0) + _is_collective(node)
+    last = max(depth.values())
+    levels = [[n for n in graph.nodes if _is_collective(n) and depth[n] == k] for k in range(1, last + 1)]
+    for k in range(last + 1):
+        part, copies = Graph(), dict[Node, Node]()
+        received = [_arrival(n) for level in levels[:k] for n in level]
+        for node in [n for n in graph.nodes if n.op == "placeholder"] + received:
+            copies[node] = part.placeholder(node.name)
+            copies[node].meta = node.meta
+        for node in graph.nodes:
+            ours = k == last or not (_is_write(node) or node.op == "output")
+            if ours and node not in copies and depth[node] <= k and not _is_collective(node):
+                copies[node] = part.node_copy(node, copies.__getitem__)
+        if k < last:
+            part.output(tuple(copies[n.args[0]] for n in levels[k]))
+        part.eliminate_dead_code()
+        yield part, [Collective(n.target, n.args[1:]) for n in levels[k]] if k < last else []
+
+
+def _is_collective(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") in COLLECTIVES and _name(node) != "wait_tensor"
+
+
+def _arrival(collective: Node) -> Node:
+    user = next(iter(collective.users))
+    return user if _name(user) == "wait_tensor" else collective
 
 
 def reduce_late(graph: Graph, count: int) -> None:
@@ -31,6 +70,8 @@ def reduce_late(graph: Graph, count: int) -> None:
             read_late.add(node)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     writes = [node for node in nodes if _is_write(node)]
+    if not writes:
+        return
     late |= {node for node in writes if node.args[0] in read_late}
     ends = set(writes[len(writes) // count - 1 :: len(writes) // count])  # tensor after tensor was traced
     own: list[Node] = []
@@ -63,10 +104,10 @@ def write_early(graph: Graph) -> None:
 
 
 def _past(start: Node, end: Node) -> set[Node]:
-    """All nodes that a value gets to without going through `end`."""
+    """All nodes that a value, not only its size, gets to without going through `end`."""
     found, waiting = set[Node](), [start]
     while waiting:
-        fresh = {user for user in waiting.pop().users if user is not end} - found
+        fresh = {user for user in waiting.pop().users if user is not end and _name(user) != "sym_size"} - found
         found |= fresh
         waiting += fresh
     return found

@@ -21,7 +21,7 @@ NARROW = 3  # bytes of a word: fp32 counts up to 2^24 exactly
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square of all entries, a 0-d tensor."""
-    return x.square().mean().sqrt()
+    return averaged(x.square()).sqrt()
 
 
 def at_most(x: Tensor, size: Tensor, limit: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def unit_norm(x: Tensor) -> Tensor:
 
 def unit_rms(x: Tensor) -> Tensor:
     """Root mean square of each slice along the first axis; see [`unit_norm`]."""
-    return x.square().mean(_unit_axes(x), keepdim=True).sqrt()
+    return averaged(x.square(), _unit_axes(x), keepdim=True).sqrt()
 
 
 def _unit_axes(x: Tensor) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def factored_rsqrt(row: Tensor, col: Tensor, a: int, b: int) -> tuple[Tensor, Te
     fp32 multiplications are all that a matrix entry sees.
     """
     row64, col64 = exact(row), exact(col)
-    mean = col64.mean(b - 1).unsqueeze(a)
+    mean = averaged(col64, [b - 1]).unsqueeze(a)
     return back(row64.rsqrt() * mean.sqrt(), row), back(col64.rsqrt(), col)
 
 
@@ -65,9 +65,11 @@ def summed(x: Tensor, axis: int) -> Tensor:
     return settle(x.sum(axis))
 
 
-def averaged(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """The mean over axes, as [`summed`]."""
-    return settle(x.mean(tuple(axes)))
+def averaged(x: Tensor, axes: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    """The mean over axes (none given: over all), as [`summed`]. Of shards of unequal sizes, `x.mean` would gather all
+    of `x` on every rank."""
+    axes = tuple(axes) or tuple(range(x.ndim))
+    return settle(x.sum(axes, keepdim)) / math.prod(x.shape[a] for a in axes)
 
 
 def along(vector: Tensor, axis: int, ndim: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from .pipeline import Spec
 
 if TYPE_CHECKING:
     from .base import Optimizer
+
+
+class Kind(NamedTuple):
+    """What items have in common that the same compiled code may serve."""
+
+    sizes: tuple[tuple[int, ...], ...]  # of weight, gradient and buffers; 0, 1 and 2 for more
+    layouts: tuple[sharding.Layout | None, ...]  # of those that are sharded, with all their sizes
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    dense: bool  # all are contiguous, which compiled code relies on
+    large: bool  # reduced, and so large that it fills the cache
 
 
 @dataclass
@@ -35,12 +46,12 @@ class Item:
     pointer: int
     kept: list[tuple[str, Tensor]]  # the buffers in the state that `bufs` alias
     sharded: bool
-    dense: bool  # weight, gradient and buffers are contiguous, which compiled code relies on
+    kind: Kind
 
-    def gradient(self, elementwise: bool) -> Tensor:
+    def gradient(self, local: bool) -> Tensor:
         g = self.p.grad
         assert g is not None
-        g = sharding.local(g) if elementwise and self.sharded else g
+        g = sharding.local(g) if local and self.sharded else g
         return g.view(self.weight.shape) if self.flat else g
 
     def current(self) -> bool:
@@ -53,7 +64,7 @@ class Item:
                 return False
         if self.sharded:
             g, p = sharding.local(g), sharding.local(p.detach())
-        return p.data_ptr() == self.pointer and (not self.dense or g.is_contiguous())
+        return p.data_ptr() == self.pointer and (not self.kind.dense or g.is_contiguous())
 
 
 @dataclass
@@ -73,7 +84,6 @@ class Call:
     position: int  # of the group
     group: dict[str, Any]
     spec: Spec
-    kind: Any  # dtypes and the axes of size 0 and 1, which are constants of compiled code
     items: list[Item] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)  # as they are compiled; empty in the loop
 
@@ -95,7 +105,7 @@ class Plan:
         self.signature = signature(optimizer)
         self.calls = _gather(optimizer, scalars)
         self.items = [item for call in self.calls for item in call.items]
-        self.numel = sum(item.weight.numel() for item in self.items)
+        self.numel = sum(item.p.numel() for item in self.items)  # of all ranks: they compile together or not at all
 
     def current(self, optimizer: Optimizer) -> bool:
         state = optimizer.state
@@ -131,17 +141,9 @@ def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call
         group, state = optimizer.param_groups[position], optimizer.state[p]
         spec = optimizer.spec(group, p, scalars[position])
         item = make_item(spec, p, state, index)
-        key = (position, spec, state["step"], kind(spec, item))
-        calls.setdefault(key, Call(position, group, spec, key[-1])).items.append(item)
+        key = (position, spec, state["step"], item.kind)
+        calls.setdefault(key, Call(position, group, spec)).items.append(item)
     return list(calls.values())
-
-
-def kind(spec: Spec, item: Item) -> Any:
-    """What items have in common that the same compiled code may serve."""
-    tensors = [item.weight, item.gradient(spec.elementwise), *item.bufs.values()]
-    sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
-    large = not spec.elementwise and item.weight.numel() >= LARGE
-    return sizes, tuple(x.dtype for x in tensors), item.weight.device, item.dense, large
 
 
 def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
@@ -157,6 +159,10 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     dense = weight.numel() > 0 and all(x.is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
-        weight, bufs = flatten(weight), {name: flatten(b) for name, b in bufs.items()}
+        weight, g, bufs = flatten(weight), flatten(g), {name: flatten(b) for name, b in bufs.items()}
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
-    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept, sharding.is_sharded(p), dense)
+    tensors = [weight, g, *bufs.values()]
+    sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
+    layouts, dtypes = tuple(map(sharding.layout, tensors)), tuple(x.dtype for x in tensors)
+    kind = Kind(sizes, layouts, dtypes, weight.device, dense, not spec.elementwise and weight.numel() >= LARGE)
+    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept, sharding.is_sharded(p), kind)

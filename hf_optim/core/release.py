@@ -15,7 +15,7 @@ from torch import Tensor
 from . import execute, sharding
 from .flags import chosen
 from .pipeline import Spec, View, absorb_tensor
-from .plan import Call, Item, kind, make_item
+from .plan import Call, Item, make_item
 
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Release:
         self._refuse()
         places = [(p, k) for k, group in enumerate(optimizer.param_groups) for p in group["params"]]
         self.parts = [Part(p, position, i) for i, (p, position) in enumerate(places) if p.requires_grad]
-        self.numel = sum(sharding.local(part.p.detach()).numel() for part in self.parts)
+        self.numel = sum(part.p.numel() for part in self.parts)
         self.handles = [part.p.register_post_accumulate_grad_hook(self._hook(part)) for part in self.parts]
 
     def _refuse(self) -> None:
@@ -107,7 +107,7 @@ class Release:
         if not part.p.numel():
             return
         spec, item = self._item(part)
-        call = Call(part.position, self.optimizer.param_groups[part.position], spec, None, [item])
+        call = Call(part.position, self.optimizer.param_groups[part.position], spec, [item])
         t = call.t + 1
         key = (part.position, t)
         if key not in self.values:
@@ -147,7 +147,7 @@ class Release:
         if part.call is None:
             group = self.optimizer.param_groups[part.position]
             spec = self.optimizer.spec(group, part.p, scalars[part.position])
-            part.call = Call(part.position, group, spec, kind(spec, item), [item])
+            part.call = Call(part.position, group, spec, [item])
         return part.call
 
     # ---- windows ---------------------------------------------------------------------------------------------------

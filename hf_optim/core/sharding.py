@@ -149,11 +149,73 @@ def beside(x: Tensor, ref: Tensor) -> Tensor:
 
 def shard_of(x: Tensor, ref: Tensor) -> Tensor:
     """What was computed from the shard of `ref` on this rank, placed as `ref` is."""
-    if not isinstance(ref, DTensor):
+    return placed(x, layout(ref))
+
+
+class Collective(NamedTuple):
+    """A functional collective: the operator, and its arguments after the tensor."""
+
+    op: Any
+    options: tuple[Any, ...]
+
+    @property
+    def adds(self) -> bool:
+        return self.op is torch.ops._c10d_functional.all_reduce.default
+
+
+class Layout(NamedTuple):
+    """Everything about a DTensor but its shards: the same on every rank."""
+
+    mesh: DeviceMesh
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def layout(x: Tensor) -> Layout | None:
+    return Layout(x.device_mesh, x.placements, x.shape, x.stride()) if isinstance(x, DTensor) else None
+
+
+def placed(x: Tensor, where: Layout | None) -> Tensor:
+    """The tensor of which `x` is the shard on this rank."""
+    if where is None:
         return x
-    return DTensor.from_local(
-        x, ref.device_mesh, ref.placements, run_check=False, shape=ref.shape, stride=ref.stride()
-    )
+    return DTensor.from_local(x, where.mesh, where.placements, run_check=False, shape=where.shape, stride=where.stride)
+
+
+def exchange(collectives: list[Collective], tensors: list[Tensor]) -> list[Tensor]:
+    """Run a collective on each tensor; all that add up alike as one."""
+    alike: dict[Any, list[int]] = {}
+    for i, (collective, x) in enumerate(zip(collectives, tensors)):
+        alike.setdefault((collective, x.dtype, None if collective.adds else i), []).append(i)
+    got = list(tensors)
+    for (collective, *_), places in alike.items():
+        own = [tensors[i] for i in places]
+        joined = torch.cat([x.reshape(-1) for x in own]) if collective.adds else own[0]
+        result = torch.ops._c10d_functional.wait_tensor(collective.op(joined, *collective.options))
+        parts = result.split([x.numel() for x in own]) if collective.adds else [result]
+        for i, x, part in zip(places, own, parts):
+            got[i] = part.view(x.shape) if collective.adds else part
+    return got
+
+
+@contextmanager
+def on_all_or_none(where: Layout | None) -> Iterator[None]:
+    """A block that fails on every rank if it fails on one: ranks must not wait for each other in different places."""
+    try:
+        yield
+    except Exception:
+        _anywhere(True, where)
+        raise
+    if _anywhere(False, where):
+        raise RuntimeError("it failed on another rank")
+
+
+def _anywhere(flag: bool, where: Layout | None) -> bool:
+    if where is None:
+        return flag
+    x = torch.tensor(float(flag), device=where.mesh.device_type)
+    return bool(DTensor.from_local(x, where.mesh, [Partial()] * where.mesh.ndim, run_check=False).full_tensor())
 
 
 def whole(x: Any, device: torch.device | None = None) -> Any:

@@ -3,7 +3,7 @@
 """Adafactor: second moments kept as one row and one column average."""
 
 from ..convert import from_transformers_adafactor
-from ..core import Optimizer, factored_rsqrt, hp, like, rms, two_largest, without
+from ..core import Optimizer, averaged, factored_rsqrt, hp, like, rms, two_largest, without
 
 
 class Adafactor(Optimizer):
@@ -62,8 +62,8 @@ class Adafactor(Optimizer):
             u = g * s.v.rsqrt()
         else:
             a, b = two_largest(g.shape)
-            s.row = s.row.lerp(g2.mean(b), h.fresh)
-            s.col = s.col.lerp(g2.mean(a), h.fresh)
+            s.row = s.row.lerp(averaged(g2, [b]), h.fresh)
+            s.col = s.col.lerp(averaged(g2, [a]), h.fresh)
             row, col = factored_rsqrt(s.row, s.col, a, b)
             u = g * row.unsqueeze(b) * col.unsqueeze(a)
         u = u / (rms(u) / h.clip_threshold).clamp(min=1.0)

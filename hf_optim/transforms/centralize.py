@@ -4,7 +4,7 @@
 
 import torch
 
-from ..core import Flag, hp
+from ..core import Flag, averaged, hp
 
 
 class Centralize(Flag):
@@ -29,7 +29,7 @@ class Centralize(Flag):
     def apply(x, c):
         if x.ndim < 2 or x.numel() == x.shape[0]:
             return x
-        return x - x.mean(tuple(range(1, x.ndim)), keepdim=True)
+        return x - averaged(x, range(1, x.ndim), keepdim=True)
 
     @staticmethod
     def options_for(at, h):

@@ -4,7 +4,7 @@
 
 import torch
 
-from ..core import Flag, hp, keep, rms
+from ..core import Flag, averaged, hp, keep, rms
 
 
 class CPR(Flag):
@@ -82,13 +82,13 @@ class CPR(Flag):
 def measure(p, kind):
     """R and dR of a matrix, and what a step takes its share of."""
     if kind == "l2":
-        return p.square().mean(), 2 * p, p
+        return averaged(p.square()), 2 * p, p
     if kind == "l1":
-        return p.abs().mean(), p.sign(), p
+        return averaged(p.abs()), p.sign(), p
     if kind == "huber":
         slope = p.clamp(-1.0, 1.0)
-        return (slope * (p - slope / 2)).mean(), slope, p
-    off, n = p - p.mean(), max(p.numel() - 1, 1)
+        return averaged(slope * (p - slope / 2)), slope, p
+    off, n = p - averaged(p), max(p.numel() - 1, 1)
     std = (off.square().sum() / n).sqrt()
     return std, off / (n * std.where(std > 0, 1.0)), off
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient normalisation."""
 
-from ..core import Flag, hp
+from ..core import Flag, averaged, hp
 
 
 class Normalize(Flag):
@@ -23,5 +23,5 @@ class Normalize(Flag):
     @staticmethod
     def apply(g, c):
         square = g.square()
-        size = (square.mean() if c.h.normalize_scale == "rms" else square.sum()).sqrt()
+        size = (averaged(square) if c.h.normalize_scale == "rms" else square.sum()).sqrt()
         return g / size.where(size > 0, 1.0)
