@@ -19,6 +19,7 @@ import test_options as options
 import test_oracles as oracle_tests
 import test_precision as precision_tests
 import test_release as release_tests
+import test_sharded_code as sharded_code
 import test_sharding as sharding_tests
 import torch
 
@@ -53,7 +54,13 @@ from hf_optim.transforms.trust_ratio import TrustRatio
 
 FAULTS = {}  # name -> (function that plants it, check, arguments of the check)
 NOT_CAUGHT = {}  # name of a fault that no check sees -> why
-SLOW = ("loss_not_averaged_over_ranks", "sums_of_the_model_not_reduced", "shards_with_equal_noise")  # start processes
+SLOW = (  # they start processes
+    "loss_not_averaged_over_ranks",
+    "sums_of_the_model_not_reduced",
+    "shards_with_equal_noise",
+    "what_compiled_steps_send_not_reduced",
+    "a_collective_for_every_tensor",
+)
 FAILURE = (Exception, pytest.fail.Exception)
 
 
@@ -847,14 +854,24 @@ def loss_not_averaged_over_ranks(patch):
     patch.setattr(sharding, "mean_over_ranks", lambda x: x)
 
 
-@caught_by(sharding_tests.test_sharded_equals_whole, "am_sgd", 2)
+@caught_by(sharding_tests.test_sharded_equals_whole, "am_sgd")
 def sums_of_the_model_not_reduced(patch):
     patch.setattr(sharding, "whole", sharding.local)
 
 
-@caught_by(sharding_tests.test_sharded_equals_whole, "adamw", 2)
+@caught_by(sharding_tests.test_sharded_equals_whole, "adamw")
 def shards_with_equal_noise(patch):
     patch.setattr(sharding, "flat_offset", lambda p: 0)
+
+
+@caught_by(sharded_code.test_compiled_steps_of_shards_equal_whole_ones, "smmf")
+def what_compiled_steps_send_not_reduced(patch):
+    patch.setattr(sharding, "exchange", lambda collectives, tensors: tensors)
+
+
+@caught_by(sharded_code.test_one_collective_serves_all_tensors_of_a_shape, "smmf")
+def a_collective_for_every_tensor(patch):
+    patch.setattr(sharding.Collective, "adds", False)
 
 
 # ---- the tests -----------------------------------------------------------------------------------------------------

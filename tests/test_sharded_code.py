@@ -57,9 +57,13 @@ def test_compiled_steps_of_shards_equal_whole_ones(class_name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_compiled_steps_with_every_option(name, world):
-    launch(world, compiled_equals_whole, name, few(name) + many(name), MORE_SHAPES)
+def test_compiled_steps_on_three_ranks(name):
+    launch(3, compiled_equals_whole, name, few(name), MORE_SHAPES)
+
+
+@pytest.mark.slow
+def test_compiled_steps_with_every_option(name):
+    launch(2, compiled_equals_whole, name, many(name), SHAPES)
 
 
 @pytest.mark.slow

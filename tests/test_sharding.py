@@ -137,10 +137,13 @@ def shards_equal_whole(name, variants, shapes):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_sharded_equals_whole(name, world):
-    kahan = [({"precision": "kahan"}, BF16)] if world == 2 else []
-    launch(world, shards_equal_whole, name, few(name) + kahan, SHAPES)
+def test_sharded_equals_whole(name):
+    launch(2, shards_equal_whole, name, [*few(name), ({"precision": "kahan"}, BF16)], SHAPES)
+
+
+@pytest.mark.parametrize("which", slow_but("adalo", "adafactor_corrected", "smmf", "muon"))
+def test_sharded_over_three_equals_whole(which):
+    launch(3, shards_equal_whole, which, few(which), SHAPES)
 
 
 @pytest.mark.slow

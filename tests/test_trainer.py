@@ -209,12 +209,16 @@ def test_run_keeps_groups_schedule_and_logs(name):
     assert any(not torch.equal(a, b) for a, b in zip(before, tiny.weights(run)))
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16-weights"])
-def test_resume_is_bit_identical(name, bf16):
+# every second name in each dtype; `pytest -m slow` takes the rest
+CELLS = [(n, bf16, (i + bf16) % 2) for i, n in enumerate(hf_optim.list_optimizers()) for bf16 in (False, True)]
+
+
+@pytest.mark.parametrize("which, bf16", [pytest.param(n, b, marks=[pytest.mark.slow] * s) for n, b, s in CELLS])
+def test_resume_is_bit_identical(which, bf16):
     def make(**options):
         net = tiny.model(dropout=0.1)
         net = net.bfloat16() if bf16 else net
-        return tiny.trainer(net=net, optim=name, max_steps=6, gradient_accumulation_steps=2, **options)
+        return tiny.trainer(net=net, optim=which, max_steps=6, gradient_accumulation_steps=2, **options)
 
     whole = make(save_strategy="steps", save_steps=3)
     whole.train()
