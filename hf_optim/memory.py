@@ -192,7 +192,8 @@ def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     the sums of a block of rows each: that was measured (tests/test_memory.py). Products of matrices and whole-model
     sums stay as they are in the loop.
     """
-    small = sum(x.nbytes for x in state.values() if isinstance(x, Tensor) and x.numel() < p.numel())
+    p, buffers = sharding.local(p), [sharding.local(x) for x in state.values() if isinstance(x, Tensor)]
+    small = sum(x.nbytes for x in buffers if x.numel() < p.numel())
     return 4 * small if spec.elementwise else p.nbytes // 4 + 2 * small
 
 

@@ -235,6 +235,26 @@ def test_what_a_sharded_step_holds_is_what_the_allocator_saw(names):
     launch(2, check_step, expected)
 
 
+def check_compiled_step(expected):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, size in expected.items():
+        optimizer = stepped(name, fully_shard(squares(), mesh=mesh), backend="fused")
+        assert not execute._broken and peak(lambda: step(optimizer)) <= size + 1024, name  # noqa: B023
+
+
+def squares():
+    return torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(3)))
+
+
+@pytest.mark.parametrize("names", [("sm3",), pytest.param(None, marks=pytest.mark.slow)])
+def test_what_a_compiled_step_of_shards_holds(names):
+    expected = {}
+    for name in names or hf_optim.list_optimizers():
+        made = hf_optim.estimate_memory(squares(), name, layout="fsdp2", world=2, backend="fused")
+        expected[name] = made.temporaries
+    launch(2, check_compiled_step, expected)
+
+
 def check_release(expected):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     net, most = shard(TINY["gpt2"](), mesh, MixedPrecisionPolicy()), []
