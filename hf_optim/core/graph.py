@@ -61,6 +61,10 @@ def reduce_late(graph: Graph, count: int) -> None:
     Inductor puts a reduction into an earlier loop over the same weight, but not that loop into the reduction's. A
     buffer that is still to be read by a reduction is written last: to write it, Inductor stores all that was read.
     """
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    writes = [node for node in nodes if _is_write(node)]
+    if not writes:
+        return
     late, read_late = set[Node](), set[Node]()
     for node in graph.nodes:
         if _is_reduction(node) or any(x in late for x in node.all_input_nodes):
@@ -68,10 +72,6 @@ def reduce_late(graph: Graph, count: int) -> None:
     for node in reversed(graph.nodes):
         if any(x in late or (x in read_late and not _is_write(x)) for x in node.users):
             read_late.add(node)
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    writes = [node for node in nodes if _is_write(node)]
-    if not writes:
-        return
     late |= {node for node in writes if node.args[0] in read_late}
     ends = set(writes[len(writes) // count - 1 :: len(writes) // count])  # tensor after tensor was traced
     own: list[Node] = []

@@ -156,7 +156,7 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
     pointer = sharding.local(weight).data_ptr()
-    dense = weight.numel() > 0 and all(x.is_contiguous() for x in (weight, g, *bufs.values()))
+    dense = weight.numel() > 0 and all(sharding.local(x).is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
         weight, g, bufs = flatten(weight), flatten(g), {name: flatten(b) for name, b in bufs.items()}
