@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several ranks in a second: gloo processes forked from the test, after the imports."""
 
+import faulthandler
 import os
+import sys
 import tempfile
 from datetime import timedelta
 
@@ -11,7 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+LIMIT = 300  # seconds after which a rank prints where it is and fails: one that waits in itself has no other end
+
+
 def _rank(rank, world, store, fn, args):
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)

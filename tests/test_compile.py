@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import advance, fill_grads, loss_at, make_params
 from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
+from ranks import launch
+from torch._inductor.utils import fresh_cache
 
 import hf_optim
 from hf_optim.core import codegen, execute
@@ -305,6 +307,16 @@ def test_generated_code_equals_the_loop():
     assert (value != other).float().mean() < 0.1 and torch.allclose(value, other, rtol=2**-14, atol=0)
     for key in ("m", "v"):  # the same random bits: hardly a number falls to the other side
         assert (a[key] != b[key]).float().mean() < 0.01 and bits(a[key]) != bits(torch.zeros_like(a[key]))
+
+
+def compile_another():
+    compare_with_inductor("adalo", [(24, 8)], dtype=BF16)
+
+
+def test_a_forked_process_compiles_after_its_parent_did():
+    with fresh_cache():  # where all is in the cache, none of Inductor's threads is asked
+        compare_with_inductor("adalo", [(24, 8)])
+        launch(1, compile_another)
 
 
 @pytest.mark.slow

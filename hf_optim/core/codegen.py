@@ -11,6 +11,7 @@ unless it is a long computation (`OPTIONS`): many flags at once may still store 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codegen.cpp import CppVecOverrides
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
@@ -52,6 +54,10 @@ OPTIONS = {
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
 }
+
+# A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=AsyncCompile.pool.cache_clear)
 
 Traced = Callable[..., list[Tensor]]
 Code = Callable[[list[Tensor]], Sequence[Tensor]]  # empties the list of arguments
