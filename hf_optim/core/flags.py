@@ -29,9 +29,9 @@ class Flag:
 
     `apply(x, c)` receives the value of its stage (gradient; direction; old parameter; direction with its decay; new
     parameter) and a context `c` with the fields `g` (gradient), `p` (parameter before the step), `u` (the rule's own
-    direction), `lr` (the step size really used), `s` (state), `h` (options and scalars) and `rule` (the optimizer's
-    class). A decay flag returns what it adds to the direction. A ratio flag is `apply(num, den, h)`. State, scalars
-    and sums start with the flag's name.
+    direction), `signs` (what has the signs of `u` and takes less to compute, at the update stage), `lr` (the step size
+    really used), `s` (state), `h` (options and scalars) and `rule` (the optimizer's class). A decay flag returns what
+    it adds to the direction. A ratio flag is `apply(num, den, h)`. State, scalars and sums start with the flag's name.
     """
 
     flag: ClassVar[str]  # the option that switches it on

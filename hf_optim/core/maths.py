@@ -108,14 +108,16 @@ def pack_signs(x: Tensor) -> Tensor:
     m, n = x.shape
     w = -(-n // 8)
     if 0 < w <= NARROW:
-        places = _places(n, x)
-        word = back(torch.where(x > 0, back(places, x), 0.0).sum(1), places)
+        word = torch.where(x > 0, back(_places(n, x), x), 0.0).sum(1)
         # no shifts, here and below: those of a DTensor are silently wrong (torch 2.13)
-        packed = torch.stack([word // 256**j % 256 for j in range(w)], 1)
-    else:
-        runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
-        packed = functools.reduce(torch.add, (torch.where(runs[:, k] > 0, 2.0**k, 0.0) for k in range(8)))
-    return packed.to(torch.uint8)
+        high = [(word / 256**j).floor() for j in range(w)] + [0.0]
+        return torch.stack([_byte(a - 256 * b) for a, b in zip(high, high[1:])], 1)
+    runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
+    return _byte(functools.reduce(torch.add, (torch.where(runs[:, k] > 0, 2.0**k, 0.0) for k in range(8))))
+
+
+def _byte(x: Tensor) -> Tensor:
+    return x.to(torch.uint8)
 
 
 def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:

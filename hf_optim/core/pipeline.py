@@ -77,7 +77,12 @@ class Spec:
 
 
 def _bind(flag: type[Flag], h: View) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda num, den: flag.apply(num, den, h)  # type: ignore[attr-defined]
+    def ratio(num: Tensor, den: Tensor) -> Any:
+        u = flag.apply(num, den, h)  # type: ignore[attr-defined]
+        u.signs = num  # denominators are positive
+        return u
+
+    return ratio
 
 
 def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> View:
@@ -110,9 +115,10 @@ def step_tensor(
     c = read(spec, p, g, bufs, h)
     out = spec.rule.update(c.g, c.p, c.s, h)
     c.u, c.lr = out if isinstance(out, tuple) else (out, h.lr)
-    u = c.u
+    u, c.signs = c.u, vars(c.u).pop("signs", c.u)
     for flag in spec.stage("update"):
         u = flag.apply(u, c)  # type: ignore[attr-defined]
+    del c.signs  # in the loop, a temporary as large as the weight
     for flag in spec.stage("decay"):  # joins the direction: p (1 - lr wd) would round to p for lr wd < 2^-25
         u = u + flag.apply(c.p, c)  # type: ignore[attr-defined]
     for flag in spec.stage("step"):

@@ -23,7 +23,7 @@ class Cautious(Flag):
 
     @staticmethod
     def apply(u, c):
-        sign = agrees(u, c.g)
+        sign = agrees(c.signs if u is c.u else u, c.g)
         aligned, live = (back(x.sum(dtype=torch.int32), u) for x in (sign > 0, sign != 0))
         share = aligned / live.clamp(min=1.0)
         return u * (back(sign > 0, u) * (1 / share.clamp(min=c.h.cautious_floor)))
