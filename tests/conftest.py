@@ -22,6 +22,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("class_name", first.values())
 
 
+# one name for each kind of state: element-wise, factored, covering maxima, packed signs, slow weights, bounds, loss
+LAYOUTS = ("adalo", "adamw", "adafactor_corrected", "sm3", "smmf", "amos", "lookahead_adamw", "cpr_adamw")
+
+
+def slow_but(*fast):
+    """All names of the registry as parameters; all but `fast` are left to `-m slow`."""
+    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in hf_optim.list_optimizers()]
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import logging
 
 import pytest
 import torch
-from conftest import advance, fill_grads, loss_at, make_params
+from conftest import advance, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
 from torch._inductor.utils import fresh_cache
@@ -42,11 +42,6 @@ def graphs(monkeypatch):
     fresh()
 
 
-def but(*fast):
-    """All names of the registry as parameters; all but `fast` are left to `-m slow`."""
-    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in hf_optim.list_optimizers()]
-
-
 def fresh():
     execute.programs.cache_clear()
 
@@ -55,7 +50,7 @@ def far(params, others):
     return max(((p - q).abs().max() / (1 + q.abs().max())).item() for p, q in zip(params, others) if p.numel())
 
 
-@pytest.mark.parametrize("which", but("adamw", "adafactor_corrected", "adalo"))
+@pytest.mark.parametrize("which", slow_but("adamw", "adafactor_corrected", "adalo"))
 def test_fused_steps_are_the_steps_of_the_loop(which, graphs):
     options = {**brisk(which), **flags_on(which)}
     one, params = build(which, MODEL, backend="loop", **options)
@@ -67,7 +62,7 @@ def test_fused_steps_are_the_steps_of_the_loop(which, graphs):
     assert [two.state[p]["step"] for p in theirs] == [one.state[p]["step"] for p in params]
 
 
-@pytest.mark.parametrize("which", but("adamw", "adafactor_corrected"))
+@pytest.mark.parametrize("which", slow_but("adamw", "adafactor_corrected"))
 def test_few_graphs_and_none_later(which, graphs):
     optimizer, params = build(which, MODEL, backend="fused", **moments(which))
     advance(optimizer, params, 1)
@@ -120,7 +115,7 @@ MANY = [(m, n) for m in SIZES for n in (*SIZES[:4], 77, 3)] + [(k,) for k in SIZ
 MANY += [(64, 3, 7, 7), (64, 64, 3, 3), (64, 64, 1, 1), (128, 64, 3, 3), (128, 64, 1, 1), (64, 1, 3, 3)]
 
 
-@pytest.mark.parametrize("which", but())
+@pytest.mark.parametrize("which", slow_but())
 def test_the_shapes_of_many_models_take_a_dozen_graphs(which, graphs):
     for shape in MANY:
         optimizer, params = build(which, [shape], backend="fused", **moments(which))
@@ -139,7 +134,7 @@ def test_more_kinds_of_shapes_than_are_compiled_go_through_the_loop(graphs, capl
     assert not graphs and far(theirs, params) < 2e-6
 
 
-@pytest.mark.parametrize("which", but("adamw"))
+@pytest.mark.parametrize("which", slow_but("adamw"))
 def test_two_groups_share_code_where_only_rates_differ(which, graphs):
     def run(**second):
         a, b = make_params(MODEL[:4]), make_params(MODEL[:4], seed=1)
@@ -152,7 +147,7 @@ def test_two_groups_share_code_where_only_rates_differ(which, graphs):
     assert run(lookahead=True) > 2  # an option is a constant of the code
 
 
-@pytest.mark.parametrize("which", but("adamw"))
+@pytest.mark.parametrize("which", slow_but("adamw"))
 def test_a_state_loaded_into_the_other_backend_continues(which, graphs):
     one, params = build(which, MODEL, backend="loop", **rich(which))
     advance(one, params, 2)
@@ -168,7 +163,7 @@ def test_a_state_loaded_into_the_other_backend_continues(which, graphs):
     assert graphs and far(theirs, params) < 2e-6
 
 
-@pytest.mark.parametrize("which", but("adamw"))
+@pytest.mark.parametrize("which", slow_but("adamw"))
 def test_precisions_agree_between_backends(which, graphs):
     for options in ({"precision": "kahan"}, {"precision": "stochastic", "state_dtype": "bfloat16"}):
         runs = []
@@ -226,10 +221,8 @@ def failing(kind, monkeypatch):
         monkeypatch.setattr(codegen, "compile_fx_inner", fail)
 
 
-CASES = [(n, k) for n in hf_optim.list_optimizers() for k in ("trace", "inductor")]
-
-
-@pytest.mark.parametrize("which, kind", CASES)
+@pytest.mark.parametrize("kind", ["trace", "inductor"])
+@pytest.mark.parametrize("which", slow_but("adalo", "adamw", "adafactor_corrected", "muon"))
 def test_a_compiler_that_fails_leaves_it_to_the_loop(which, kind, monkeypatch, caplog):
     failing(kind, monkeypatch)
     monkeypatch.setattr(execute, "_broken", set())

@@ -13,7 +13,7 @@ import math
 import oracles
 import pytest
 import torch
-from conftest import fill_grads, loss_at, make_params
+from conftest import LAYOUTS, fill_grads, loss_at, make_params, slow_but
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
@@ -373,11 +373,12 @@ def compiles(run):
     return execute.programs.cache_info().misses > before and not execute._broken
 
 
-def test_fused(name):
+@pytest.mark.parametrize("which", slow_but(*LAYOUTS, "muon", "lamb"))
+def test_fused(which):
     execute.programs.cache_clear()
-    run = Run(name, [(24, 16), (7,)], backend="fused")
+    run = Run(which, [(24, 16), (7,)], backend="fused")
     assert compiles(run)
-    assert run.go(199) < bar(name)
+    assert run.go(199) < bar(which)
 
 
 @pytest.mark.parametrize("number", range(len(oracles.flags.TOGETHER)))

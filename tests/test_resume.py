@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import transformers
+from conftest import LAYOUTS, slow_but
 from engine import frozen, rich
 from packaging.version import Version
 from ranks import as_launched, launch, shard_on_cpu
@@ -35,8 +36,6 @@ from hf_optim.trainer.loss import innermost
 
 
 NAMES = hf_optim.list_optimizers()
-# one name for each kind of state: element-wise, factored, covering maxima, packed signs, slow weights, bounds, loss
-LAYOUTS = ("adalo", "adamw", "adafactor_corrected", "sm3", "smmf", "amos", "lookahead_adamw", "cpr_adamw")
 # 40 rows in batches of 8, two to a step: five batches and three steps an epoch; checkpoints at 2, 4 and 6
 RUN = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
 POINTS = {  # event and step at which the process dies, and the checkpoint that is left
@@ -245,10 +244,7 @@ def place_weights(model, weights):
                     if isinstance(p, DTensor) else w)  # fmt: skip
 
 
-MOVED = [pytest.param(n, marks=() if n in ("adalo", "adafactor_corrected") else pytest.mark.slow) for n in NAMES]
-
-
-@pytest.mark.parametrize("which", MOVED)
+@pytest.mark.parametrize("which", slow_but("adalo", "adafactor_corrected"))
 def test_checkpoint_of_two_ranks_loads_on_one_and_three(which, tmp_path):
     launch(2, save_on_these_ranks, which, str(tmp_path))
     for world in (1, 3):

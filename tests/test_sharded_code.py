@@ -5,7 +5,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import fill_grads, make_params
+from conftest import fill_grads, make_params, slow_but
 from engine import BF16, flags_on
 from ranks import launch
 from test_sharding import (
@@ -20,7 +20,6 @@ from test_sharding import (
     place,
     run_both,
     sharded_model,
-    slow_but,
     train,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,8 +51,9 @@ def compiled_equals_whole(name, variants, shapes, placements=None):
     assert graphs and not execute._broken and not found, "\n".join(found)
 
 
-def test_compiled_steps_of_shards_equal_whole_ones(class_name):
-    launch(2, compiled_equals_whole, class_name, few(class_name) + [({"precision": "kahan"}, BF16)], SHAPES)
+@pytest.mark.parametrize("which", slow_but("sm3", "smmf", "adafactor_corrected", "lamb", "muon", "adalo"))
+def test_compiled_steps_of_shards_equal_whole_ones(which):
+    launch(2, compiled_equals_whole, which, few(which) + [({"precision": "kahan"}, BF16)], SHAPES)
 
 
 @pytest.mark.slow
@@ -84,19 +84,19 @@ def test_compiled_steps_on_meshes_of_two_dimensions():
     launch(4, on_two_axes)
 
 
-def fsdp(name):
-    for options in ({}, flags_on(name)):
-        whole, model = make_model(), sharded_model()
-        one = hf_optim.create(name, whole, backend="loop", **options)
-        two = hf_optim.create(name, model, backend="fused", **options)
-        train(whole, one, 1, 3), train(model, two, 1, 3)
-        far = max((p - q.full_tensor()).abs().max().item() for p, q in zip(whole.parameters(), model.parameters()))
-        assert far < 2e-6 and not execute._broken, options
+def fsdp(name, options):
+    whole, model = make_model(), sharded_model()
+    one = hf_optim.create(name, whole, backend="loop", **options)
+    two = hf_optim.create(name, model, backend="fused", **options)
+    train(whole, one, 1, 3), train(model, two, 1, 3)
+    far = max((p - q.full_tensor()).abs().max().item() for p, q in zip(whole.parameters(), model.parameters()))
+    assert far < 2e-6 and not execute._broken
 
 
+@pytest.mark.parametrize("flags", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", slow_but("sm3"))
-def test_fsdp2_with_generated_code(which):
-    launch(2, fsdp, which)
+def test_fsdp2_with_generated_code(which, flags):
+    launch(2, fsdp, which, flags_on(which) if flags else {})
 
 
 def released(name):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import fill_grads, loss_at, make_params
+from conftest import LAYOUTS, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, brisk, flags_on, frozen, moments, rich
 from ranks import launch
 from torch.distributed.checkpoint.state_dict import (
@@ -47,11 +47,6 @@ def place(x, mesh, placements=None):
     if x.ndim == 0:
         placements = [Replicate()] * mesh.ndim
     return distribute_tensor(x.detach().clone(), mesh, placements)  # a replica would alias `x`
-
-
-def slow_but(*fast):
-    """All names of the registry as parameters; all but `fast` are left to `-m slow`."""
-    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in hf_optim.list_optimizers()]
 
 
 def atan2(name):
@@ -274,9 +269,10 @@ def fsdp(name):
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_fsdp2(name, world):
+@pytest.mark.parametrize("which", slow_but(*LAYOUTS, "muon", "am_sgd"))
+def test_fsdp2(which, world):
     """Equals one process; asking a fresh optimizer for its state changes nothing; ranks agree on what they share."""
-    launch(world, fsdp, name)
+    launch(world, fsdp, which)
 
 
 def resumes(name, kind, folder):
@@ -319,8 +315,9 @@ MORE = [pytest.param(w, kind, marks=pytest.mark.slow) for w, kind in ((2, "flat"
 
 
 @pytest.mark.parametrize("world, kind", [(2, "sharded"), (2, "full"), *MORE])
-def test_distributed_checkpoints_resume_bit_for_bit(name, world, kind, tmp_path):
-    launch(world, resumes, name, kind, str(tmp_path))
+@pytest.mark.parametrize("which", slow_but(*LAYOUTS))
+def test_distributed_checkpoints_resume_bit_for_bit(which, world, kind, tmp_path):
+    launch(world, resumes, which, kind, str(tmp_path))
 
 
 def whole_into_shards(name):
