@@ -198,7 +198,7 @@ def cover_by_the_largest_accumulator(patch):
 
 @caught_by(oracle_tests.test_200_steps_in_float32, "smmf")
 def signs_unpacked_in_reverse(patch):
-    method(patch, smmf, "unpack_signs", lambda real: lambda x, n, ref: real(x, n, ref).flip(-1))
+    method(patch, smmf, "with_signs", lambda real: lambda size, packed: real(size, packed.flip(-1)))
 
 
 @caught_by(hazards.test_nsgda_moves_by_lr, 1.0)

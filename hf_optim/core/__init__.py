@@ -18,7 +18,7 @@ from .maths import (
     two_largest,
     unit_norm,
     unit_rms,
-    unpack_signs,
+    with_signs,
 )
 from .options import Option, by_pattern, hp, parse_options
 from .precision import back, lower

@@ -120,18 +120,17 @@ def _byte(x: Tensor) -> Tensor:
     return x.to(torch.uint8)
 
 
-def unpack_signs(packed: Tensor, n: int, ref: Tensor) -> Tensor:
-    """+1, or -1 for a bit that is 0, as an (m, n) matrix in the dtype of `ref`."""
-    w = packed.shape[1]
+def with_signs(size: Tensor, packed: Tensor) -> Tensor:
+    """An (m, n) matrix with the signs of [`pack_signs`]: minus where the bit is 0."""
+    n, w = size.shape[1], packed.shape[1]
     if 0 < w <= NARROW:
-        places = _places(n, ref)
+        places = _places(n, size)
         word = functools.reduce(torch.add, (back(packed[:, j : j + 1], places) * 256**j for j in range(w)))
         bits = word.bitwise_and(places)
     else:
-        places = 2 ** (torch.arange(8 * w, dtype=torch.int32, device=ref.device) // w)
-        bits = packed.int().unsqueeze(1).bitwise_and(beside(places.view(8, w), ref)).flatten(1)
-    signs = torch.where(bits > 0, 1.0, -1.0)
-    return back(signs if signs.shape[1] == n else signs[:, :n], ref)
+        places = 2 ** (torch.arange(8 * w, dtype=torch.int32, device=size.device) // w)
+        bits = packed.int().unsqueeze(1).bitwise_and(beside(places.view(8, w), size)).flatten(1)
+    return torch.where((bits if bits.shape[1] == n else bits[:, :n]) > 0, size, -size)
 
 
 def _places(n: int, ref: Tensor) -> Tensor:

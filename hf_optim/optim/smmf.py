@@ -5,7 +5,7 @@
 import torch
 
 from ..convert import from_interleaved_signs
-from ..core import Optimizer, Slot, hp, pack_signs, square_shape, summed, unpack_signs
+from ..core import Optimizer, Slot, hp, pack_signs, square_shape, summed, with_signs
 
 
 class SMMF(Optimizer):
@@ -51,8 +51,7 @@ class SMMF(Optimizer):
         s.row_v, s.col_v = factors(v)
         m = gm
         if h.beta1 is not None:
-            size = s.row_m.unsqueeze(1) * s.col_m
-            m = (size * unpack_signs(s.signs, gm.shape[1], size)).lerp(gm, h.new1)
+            m = with_signs(s.row_m.unsqueeze(1) * s.col_m, s.signs).lerp(gm, h.new1)
             s.row_m, s.col_m = factors(m.abs())
             s.signs = pack_signs(m)
         return h.ratio(m, v.sqrt()).reshape(g.shape)
