@@ -216,8 +216,8 @@ def whole_vectors(inputs: list[Tensor]) -> Iterator[None]:
     real, narrow = TilingSelect.select_tiling, [x.dtype for x in inputs if x.dtype.itemsize == 2]
 
     def select_tiling(*args: Any) -> Any:
-        factors, axes, stats = real(*args)
-        return [pick_vec_isa().nelements(narrow[0])] if narrow and len(factors) == 1 else factors, axes, stats
+        factors, *rest = real(*args)
+        return [pick_vec_isa().nelements(narrow[0])] if narrow and len(factors) == 1 else factors, *rest
 
     with patch.object(TilingSelect, "select_tiling", select_tiling):
         yield
