@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled steps of shards: the numbers of the loop, with one collective where the loop has one for every tensor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -158,6 +160,20 @@ def one_rank_fails(name):
 
 def test_where_one_rank_cannot_compile_all_take_the_loop():
     launch(2, one_rank_fails, "smmf")
+
+
+def ranks_differ(name):
+    trace_only()
+    if dist.get_rank() == 1:
+        real = codegen.parts
+        codegen.parts = lambda graph: ((p, [replace(c, numel=c.numel + 1) for c in sends]) for p, sends in real(graph))
+    mesh = init_device_mesh("cpu", (2,))
+    found = compare(name, *run_both(name, {}, torch.float32, mesh, backend="fused"), exact=False)
+    assert execute._broken and not found, "\n".join(found)
+
+
+def test_where_ranks_would_send_different_things_all_take_the_loop():
+    launch(2, ranks_differ, "smmf")
 
 
 def many_shapes():

@@ -111,8 +111,10 @@ class Programs:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
         if args[0].ndim > 1 and len(self.widths) < WIDTHS:
             self.widths.add(args[0].shape[-1])
-        with sharding.on_all_or_none(self.layout):
-            self.compiled.append(self._build(args))
+        with sharding.on_all_or_none(self.layout) as sends:
+            program = self._build(args)
+            sends += [part for _, part in program.before]
+        self.compiled.append(program)
         Programs.built += 1
         return self.compiled[-1]
 

@@ -43,7 +43,7 @@ def parts(graph: Graph) -> Iterator[tuple[Graph, list[Collective]]]:
         if k < last:
             part.output(tuple(copies[n.args[0]] for n in levels[k]))
         part.eliminate_dead_code()
-        yield part, [Collective(n.target, n.args[1:]) for n in levels[k]] if k < last else []
+        yield part, [Collective(n.target, n.args[1:], _numel(n.args[0])) for n in levels[k]] if k < last else []
 
 
 def _is_collective(node: Node) -> bool:

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -152,11 +154,13 @@ def shard_of(x: Tensor, ref: Tensor) -> Tensor:
     return placed(x, layout(ref))
 
 
-class Collective(NamedTuple):
-    """A functional collective: the operator, and its arguments after the tensor."""
+@dataclass(frozen=True)
+class Collective:
+    """A functional collective: the operator, its arguments after the tensor, and the size of the tensor."""
 
     op: Any
     options: tuple[Any, ...]
+    numel: int = field(compare=False)
 
     @property
     def adds(self) -> bool:
@@ -200,22 +204,29 @@ def exchange(collectives: list[Collective], tensors: list[Tensor]) -> list[Tenso
 
 
 @contextmanager
-def on_all_or_none(where: Layout | None) -> Iterator[None]:
-    """A block that fails on every rank if it fails on one: ranks must not wait for each other in different places."""
+def on_all_or_none(where: Layout | None) -> Iterator[list[list[Collective]]]:
+    """A block that fails on every rank if it fails on one, or if what it lists is not the same on all: ranks must not
+    wait for each other in different places."""
+    sends: list[list[Collective]] = []
     try:
-        yield
+        yield sends
     except Exception:
-        _anywhere(True, where)
+        _largest([math.inf, math.inf], where)
         raise
-    if _anywhere(False, where):
-        raise RuntimeError("it failed on another rank")
+    # a group has a name of its own, and shards that are gathered have sizes of their own
+    kinds = [[(str(x.op), x.options[:-1], x.adds and x.numel) for x in part] for part in sends]
+    code = zlib.crc32(repr(kinds).encode())
+    if _largest([code, -code], where) != [code, -code]:
+        raise RuntimeError("it failed on another rank, or other collectives are needed there")
 
 
-def _anywhere(flag: bool, where: Layout | None) -> bool:
+def _largest(values: list[float], where: Layout | None) -> list[float]:
+    """The largest of each value on any rank."""
     if where is None:
-        return flag
-    x = torch.tensor(float(flag), device=where.mesh.device_type)
-    return bool(DTensor.from_local(x, where.mesh, [Partial()] * where.mesh.ndim, run_check=False).full_tensor())
+        return values
+    x = torch.tensor(values, dtype=torch.float64, device=where.mesh.device_type)
+    places = [Partial("max")] * where.mesh.ndim
+    return list(DTensor.from_local(x, where.mesh, places, run_check=False).full_tensor().tolist())
 
 
 def whole(x: Any, device: torch.device | None = None) -> Any:
