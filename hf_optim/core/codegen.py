@@ -116,7 +116,7 @@ class Programs:
             sends += [part for _, part in program.before]
         self.compiled.append(program)
         Programs.built += 1
-        return self.compiled[-1]
+        return program
 
     def _build(self, args: list[Tensor]) -> Program:
         """Trace the function and compile it, for any sizes but those that `_sizes` says are fixed."""
@@ -213,8 +213,7 @@ def bits_in_registers() -> Iterator[None]:
 @contextmanager
 def whole_vectors(inputs: list[Tensor]) -> Iterator[None]:
     """Let a CPU's loops take as many entries at a time as a vector of the narrowest float has. Inductor takes as many
-    as are in a vector of fp32, half of one of bf16: its load waits for the store before it, which it seems to overlap,
-    and AdamW on bf16 weights takes 2.5 times as long."""
+    as are in a vector of fp32, half of one of bf16, whose load waits for the store before it: they seem to overlap."""
     real, narrow = TilingSelect.select_tiling, [x.dtype for x in inputs if x.dtype.itemsize == 2]
 
     def select_tiling(*args: Any) -> Any:
