@@ -1,9 +1,10 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains the same small Llama with fp32 weights and with bf16 weights that are rounded in three ways.
+Trains the same small Llama with fp32 weights and with bf16 weights that are rounded in three ways, and with state in
+fp32, bf16 and int8.
 
-    python scripts/compare_precision.py             # a table, precision.json and precision.png; 30 minutes on one core
+    python scripts/compare_precision.py             # a table, precision.json and precision.png; 45 minutes on one core
     python scripts/compare_precision.py --jobs 2    # two runs at a time
 
 The job is that of finetune_clm.py: Shakespeare, a new model, real Trainer arguments. A bf16 model starts from the
@@ -65,13 +66,19 @@ class Arm(NamedTuple):
 
 
 ROUNDINGS = [f"precision={rounding}" for rounding in ("nearest", "stochastic", "kahan")]
+ADALO = "mode=compliant,kappa=1.0"  # as in configs/train/clm_adalo.yaml
 ARMS = [
     Arm("adamw", "adamw", "float32"),
     Arm("adamw", "adamw_torch_fused", "bfloat16"),  # what Trainer does today: the moments are bf16, too
     *(Arm("adamw", "adamw", "bfloat16", settings) for settings in ROUNDINGS),
     Arm("adamw", "adamw", "bfloat16", "precision=stochastic,state_dtype=bfloat16"),
+    Arm("adamw", "adamw", "bfloat16", "precision=stochastic,state_dtype=int8"),
     Arm("adafactor_corrected", "adafactor_corrected", "float32"),
     *(Arm("adafactor_corrected", "adafactor_corrected", "bfloat16", settings) for settings in ROUNDINGS),
+    Arm("adalo", "adalo", "float32", ADALO),
+    Arm("adalo", "adalo", "bfloat16", f"{ADALO},precision=stochastic,state_dtype=int8"),
+    Arm("muon", "muon", "float32"),
+    Arm("muon", "muon", "bfloat16", "precision=stochastic,state_dtype=int8"),
 ]
 
 
@@ -155,8 +162,10 @@ def result_table(record: dict) -> Table:
 def loss_curves(record: dict) -> Figure:
     """Training loss minus that of fp32 over steps: the mean over seeds as a line, single seeds faint."""
     rules = list(dict.fromkeys(arm["rule"] for arm in record["arms"]))
-    figure = Figure(figsize=(5.5 * len(rules), 4.5), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    columns = min(2, len(rules))
+    lines = -(-len(rules) // columns)
+    figure = Figure(figsize=(5.5 * columns, 4.5 * lines), dpi=150, layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axes, rule in zip(panels, rules, strict=True):
         own = [arm for arm in record["arms"] if arm["rule"] == rule]
         fp32 = np.array([r["losses"] for r in own[0]["runs"]])
@@ -166,14 +175,14 @@ def loss_curves(record: dict) -> Figure:
             color, dashes = STYLES[i % len(STYLES)]
             difference = np.array([r["losses"] for r in arm["runs"]]) - fp32
             axes.plot(steps, difference.T, color=color, alpha=0.2, linewidth=0.8)
-            width = 2 if i < len(STYLES) else 4  # a fifth arm: the first style again, bolder
+            width = 2 if i < len(STYLES) else 4  # from the fifth arm on: the first styles again, bolder
             label = " ".join(filter(None, [arm["optim"], arm["settings"].replace(",", ", ")]))
             axes.plot(steps, difference.mean(axis=0), dashes, color=color, linewidth=width, label=label)
         axes.set_title(f"{rule}, bf16 weights", fontsize=11)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    panels[0].set_ylabel(f"training loss minus that with fp32 weights\n(nats per token, means of {EVERY} steps)")
+    figure.supylabel(f"training loss minus that with fp32 weights (nats per token, mean of {EVERY} steps)", size=11)
     return figure
 
 
@@ -183,7 +192,8 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 1,
     output_dir: Annotated[Path, typer.Option(help="For precision.json and precision.png.")] = RESULTS,
 ) -> None:
-    """Final loss of fp32 weights against bf16 weights rounded to nearest, stochastically, or with Kahan summation."""
+    """Final loss of fp32 weights against bf16 weights rounded to nearest, stochastically, or with Kahan summation, and
+    of state as one byte an entry."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=quiet, max_tasks_per_child=1) as pool:
         futures = [pool.submit(run_all, arm, seeds, steps) for arm in ARMS]

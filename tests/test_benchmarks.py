@@ -315,7 +315,7 @@ def test_precision_from_the_shell(tmp_path):
     result = shell("compare_precision", "--steps", 10, "--seeds", 1, "--jobs", 2, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "precision.json").read_text())
-    assert [arm["dtype"] for arm in record["arms"]].count("float32") == 2 and len(record["arms"]) == 10
+    assert [arm["dtype"] for arm in record["arms"]].count("float32") == 4 and len(record["arms"]) == 15
     assert all(len(arm["runs"]) == 1 and len(arm["runs"][0]["losses"]) == 1 for arm in record["arms"])
     assert record["steps"] == 10 and record["seeds"] == 1 and "date" in record
     assert (tmp_path / "precision.png").read_bytes().startswith(b"\x89PNG")
