@@ -17,7 +17,7 @@ import torch
 from . import transforms  # noqa: F401  registers the flags
 from .core import Optimizer, Option, Place
 from .core.flags import Flag, chosen
-from .core.options import nearest
+from .core.options import nearest, read_patterns
 from .core.pipeline import View
 from .core.precision import slot_dtype
 from .optim.adafactor import Adafactor
@@ -272,26 +272,38 @@ def param_groups(
 
     Returns:
         The groups (each shared parameter once), and the options that remain for the constructor.
+
+    Raises:
+        `ValueError`, `TypeError`: for a bad option, or a pattern that no trainable parameter fits.
     """
-    h = View(cls.completed(options))
+    h = View(cls.completed(cls.checked(options)))
     rules: tuple[Any, ...] = (cls, *chosen(vars(h), cls.flags()))
     outputs = {id(p) for p in output_layer(model).parameters(recurse=False)}
     groups: dict[Any, dict[str, Any]] = {}
-    seen: set[int] = set()
+    places: dict[int, Place] = {}
     for module_name, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
-            if id(p) in seen or not p.requires_grad:
+            if id(p) in places or not p.requires_grad:
                 continue
-            seen.add(id(p))
             full = f"{module_name}.{name}" if module_name else name
             target = None if is_target is None else is_target(module_name, module)
-            at = Place(module, full, p, id(p) in outputs, target)
+            at = places[id(p)] = Place(module, full, p, id(p) in outputs, target)
             own = {k: v for rule in rules for k, v in rule.options_for(at, h).items()}
             if decay is not None and full not in decay:
                 own["weight_decay"] = 0.0
             key = tuple(sorted(own.items()))
             groups.setdefault(key, {"params": [], **own})["params"].append(p)
+    _refuse_unmatched(cls, vars(h), list(places.values()))
     return list(groups.values()), {k: v for k, v in options.items() if k not in cls.by_name}
+
+
+def _refuse_unmatched(cls: type[Optimizer], values: Mapping[str, Any], places: list[Place]) -> None:
+    if places and all(at.is_target is False for at in places):
+        raise ValueError("`optim_target_modules` matches no module with a trainable parameter")
+    for name in (name for name, option in cls.options().items() if option.patterns):
+        for pattern, _ in read_patterns(values[name]):
+            if not any(pattern.search(at.name) for at in places):
+                raise ValueError(f"{cls.__name__}: `{name}`: no trainable parameter is named {pattern.pattern!r}")
 
 
 def output_layer(model: torch.nn.Module) -> torch.nn.Module:

@@ -69,12 +69,17 @@ def test_a_list_for_a_flag_is_refused_by_name(name):
     assert not not_refused(name, [(info.options[flag], value) for flag in info.flags for value in ([0.5], {"a": 1})])
 
 
-def not_refused(name, pairs):
+def test_bad_values_are_refused_before_they_meet_the_model(name):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    assert not not_refused(name, bad_values(name), model)
+
+
+def not_refused(name, pairs, model=None):
     """What was accepted, or refused without naming argument, range and value."""
     accepted = []
     for option, value in pairs:
         others = test_options.context(name, option.name)
-        params = make_params([(3,)])
+        params = make_params([(3,)]) if model is None else model
         try:
             hf_optim.create(name, params, **{**others, option.name: value})
         except (ValueError, TypeError) as error:

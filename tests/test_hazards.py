@@ -460,9 +460,14 @@ def test_amos_etas_by_name_and_eta_for_all():
 def test_amos_etas_need_names_and_numbers():
     with pytest.raises(ValueError, match="names of the parameters"):
         hf_optim.Amos([zeros(3)], etas="norm:1.0")
-    for wrong in ("norm", "norm:", "norm:big", "norm:-1"):
-        with pytest.raises(ValueError):
+    for wrong in ("norm", "norm:", ":0.5", "norm:big", "norm:-1", "norm:0", "norm:nan", "(:1"):
+        with pytest.raises(ValueError, match="`etas?` must be .*, got"):
             hf_optim.create("amos", Block(), etas=wrong)
+
+
+def test_amos_etas_that_no_parameter_has_in_its_name_are_refused():
+    with pytest.raises(ValueError, match="`etas`: no trainable parameter is named 'nrom'"):
+        hf_optim.create("amos", Block(), etas="bias:0.2;nrom:0.7")
 
 
 # ---- SMMF ----------------------------------------------------------------------------------------------------------

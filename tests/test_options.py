@@ -4,6 +4,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -322,12 +323,13 @@ def test_every_option_is_documented_and_its_default_is_legal(class_name):
 
 
 def test_by_pattern():
-    assert by_pattern("a:1;b$:2", "xa") == "1" and by_pattern("a:1;b$:2", "cb") == "2"
-    assert by_pattern("a:1", "b") is None and by_pattern("", "b") is None
-    assert by_pattern("h:0:3", "h:0") == "3"  # the last colon separates
-    for bad in ("a", "a:", ":1"):
-        with pytest.raises(ValueError, match="is not `pattern:value`"):
-            by_pattern(bad, "a")
+    assert by_pattern("a:1;b$:2", "xa", None) == 1 and by_pattern("a:1;b$:2", "cb", None) == 2
+    assert by_pattern("a:1", "b", None) is None and by_pattern("", "b", 3.0) == 3
+    assert by_pattern("h:0:3", "h:0", None) == 3  # the last colon separates
+    option = hp("", "numbers by name", patterns=True)
+    for bad in ("a", "a:", ":1", "a:x", "(:1"):
+        with pytest.raises(ValueError, match=r"`.*` must be a string `pattern:number;pattern:number`, got '"):
+            replace(option, name="sizes", type=str).check("Rule", bad)
 
 
 # ---- --optim_args --------------------------------------------------------------------------------------------------

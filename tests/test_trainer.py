@@ -173,6 +173,11 @@ def test_optim_target_modules_choose_what_muon_gets(targets, hit):
     assert got == {n for n in groups if hit in n and n.endswith(".weight")} and got
 
 
+def test_optim_target_modules_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match="`optim_target_modules` matches no module"):
+        tiny.trainer(optim="muon", optim_target_modules=["mlp.cfc"]).create_optimizer()
+
+
 def test_optim_target_modules_that_nothing_looks_at(caplog):
     tiny.trainer(optim="adamw", optim_target_modules="all-linear").create_optimizer()
     assert "`optim_target_modules` has no effect with adamw" in caplog.text

@@ -195,13 +195,18 @@ class Optimizer(torch.optim.Optimizer):
         return frozenset(cls.options()) - frozenset(DYNAMIC)
 
     @classmethod
-    def resolve(cls, options: dict[str, Any], inherited: dict[str, Any] | None = None) -> dict[str, Any]:
-        """`options` checked and completed with what a group inherits and the defaults of the class."""
+    def checked(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` as plain values, each of them known, of its type and in its range."""
         table = cls.options()
         for key, value in options.items():
             if key not in table or cls.excluded(key, value):
                 raise cls.unknown_option(key, value)
-        given = {key: table[key].check(cls.__name__, value) for key, value in options.items()}
+        return {key: table[key].check(cls.__name__, value) for key, value in options.items()}
+
+    @classmethod
+    def resolve(cls, options: dict[str, Any], inherited: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`options` checked and completed with what a group inherits and the defaults of the class."""
+        given = cls.checked(options)
         values = cls.completed({**(inherited or {}), **given})
         cls._refuse_useless(given, values)
         return values

@@ -16,22 +16,14 @@ from typing import Any
 import torch
 
 
-def hp(
-    default: Any,
-    doc: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Declare an option of an optimizer or a flag: its default, one line of documentation and its range.
+def hp(default: Any, doc: str, **limits: Any) -> Any:
+    """Declare an option of an optimizer or a flag: its default, one line of documentation and its limits.
 
     Used as the value of an annotated class field; the annotation (`float`, `int`, `bool`, `str`, or one of them
-    `| None`) is the type. Bounds are closed (`ge`, `le`) or open (`gt`, `lt`).
+    `| None`) is the type. Bounds are closed (`ge`, `le`) or open (`gt`, `lt`); `choices` lists the values there are;
+    a string with `patterns=True` gives numbers to parameters by their names, see [`by_pattern`].
     """
-    return Option(default=default, doc=doc, ge=ge, gt=gt, le=le, lt=lt, choices=choices)
+    return Option(default, doc, **limits)
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,7 @@ class Option:
     le: float | None = None
     lt: float | None = None
     choices: tuple[str, ...] = ()
+    patterns: bool = False
     name: str = ""
     type: type = float
     optional: bool = False
@@ -54,6 +47,8 @@ class Option:
         """What the option accepts, as it reads in an error: `a float in [0, 1)`, `one of 'a', 'b'`."""
         if self.choices:
             kind = "one of " + ", ".join(repr(c) for c in self.choices)
+        elif self.patterns:
+            kind = "a string `pattern:number;pattern:number`"
         else:
             kind = {"int": "an int", "str": "a string", "bool": "True or False"}.get(self.type.__name__, "a float")
             low = f"[{self.ge:g}" if self.ge is not None else f"({self.gt:g}" if self.gt is not None else "(-inf"
@@ -75,6 +70,11 @@ class Option:
         value = self._plain(value, problem)
         if self.choices and value not in self.choices:
             raise ValueError(problem)
+        if self.patterns:
+            try:
+                read_patterns(value)
+            except (ValueError, re.error) as error:
+                raise ValueError(f"{problem} ({error})") from None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = (
                 (isinstance(value, int) or math.isfinite(value))
@@ -162,16 +162,14 @@ def parse_options(owner: str, raw: Mapping[str, Any], options: Mapping[str, Opti
     return {key: options[key].parse(owner, value) for key, value in raw.items()}
 
 
-def by_pattern(entries: str, name: str) -> str | None:
-    """The value of the first `pattern:value` of a `;`-separated list whose regular expression is found in `name`.
+def read_patterns(entries: str) -> list[tuple[re.Pattern[str], float]]:
+    """The entries of a `;`-separated list of `pattern:number`, each a regular expression and its number."""
+    pairs = [entry.rpartition(":") for entry in entries.split(";") if entry]
+    if not all(pattern for pattern, _, _ in pairs):
+        raise ValueError("an entry has no pattern")
+    return [(re.compile(pattern), float(number)) for pattern, _, number in pairs]
 
-    Raises:
-        `ValueError`: if an entry is not `pattern:value`.
-    """
-    for entry in filter(None, entries.split(";")):
-        pattern, colon, value = entry.rpartition(":")
-        if not colon or not pattern or not value:
-            raise ValueError(f"{entry!r} is not `pattern:value` (in {entries!r})")
-        if re.search(pattern, name):
-            return value
-    return None
+
+def by_pattern(entries: str, name: str, default: float | None) -> float | None:
+    """The number of the first `pattern:number` of a `;`-separated list whose pattern is found in `name`."""
+    return next((number for pattern, number in read_patterns(entries) if pattern.search(name)), default)

@@ -31,7 +31,7 @@ class Amos(Optimizer):
     momentum: float = hp(0.0, "decay of the average update; 0 keeps no buffer", ge=0, lt=1)
     clip: float | None = hp(None, "largest absolute gradient entry", gt=0)
     eta: float | None = hp(None, "size of the entries of a tensor; none derives it from the shape", gt=0)
-    etas: str = hp("", "`pattern:eta;pattern:eta`, matched against parameter names, first match wins")
+    etas: str = hp("", "`pattern:eta;pattern:eta`, found in parameter names, first match wins", patterns=True)
     output_axis: int = hp(0, "axis of the output units: 1 for transformers' Conv1D", ge=0, le=1)
 
     needs_matrix = applies_decay = True
@@ -66,13 +66,13 @@ class Amos(Optimizer):
 
     @staticmethod
     def options_for(at, h):
-        eta, kind = by_pattern(h.etas, at.name) or h.eta, type(at.module).__name__
+        eta, kind = by_pattern(h.etas, at.name, h.eta), type(at.module).__name__
         if eta is None and isinstance(at.module, torch.nn.Embedding):
             eta = (2 / at.module.embedding_dim) ** 0.5
         elif eta is None and at.p.ndim < 2 and "norm" in kind.lower() and at.name.endswith("weight"):
             eta = 1.0
         axis = {"output_axis": 1} if kind == "Conv1D" and at.p.ndim > 1 else {}
-        return axis if eta is None else axis | {"eta": float(eta)}
+        return axis if eta is None else axis | {"eta": eta}
 
     @staticmethod
     def refuses(h):
