@@ -7,6 +7,7 @@ test_conformance.py has the first part. `python tests/count_conformance.py` coun
 
 import contextlib
 import copy
+import math
 import pickle
 import threading
 import warnings
@@ -215,6 +216,26 @@ def test_an_option_changed_in_the_group_acts_at_the_next_step(name):
     for o, own in ((optimizer, params), before, after):
         advance(o, own, 2, first=3)
     assert everything(optimizer) == everything(after[0]) and not same(params, before[1])
+
+
+@pytest.mark.parametrize("key, value", [("lr", math.nan), ("weight_decay", math.inf), ("precision", "exact")])
+def test_a_bad_value_in_the_group_is_refused_before_anything_changes(name, key, value):
+    optimizer, params = build(name)
+    advance(optimizer, params, 2)
+    before = everything(optimizer)
+    good, optimizer.param_groups[0][key] = optimizer.param_groups[0][key], value
+    with pytest.raises(ValueError, match=f"`{key}` must be"):
+        advance(optimizer, params, 1, first=3)
+    optimizer.param_groups[0][key] = good
+    assert everything(optimizer) == before
+
+
+def test_an_option_that_needs_state_cannot_join_later():
+    optimizer, params = build("sm3")
+    advance(optimizer, params, 2)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match="no state for options changed after the first step"):
+        advance(optimizer, params, 1, first=3)
 
 
 def test_a_learning_rate_that_is_a_tensor_in_the_group_counts_as_its_value(name):

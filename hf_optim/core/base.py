@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -463,6 +464,8 @@ class Optimizer(torch.optim.Optimizer):
         known = (*self.own_options(), *self.flags(), *(name for flag in flags for name in flag.options))
         static = tuple((name, group[name]) for name in known)
         names, state = tuple(self._seen(p, h)), self.state[p]
+        if not state.keys() >= {*names}:
+            raise ValueError(f"{type(self).__name__}: no state for options changed after the first step; make it anew")
         narrow = tuple(n for n in names if state[n].dtype == torch.bfloat16)
         coded = tuple(n for n in names if precision.scale_of(n) in state.keys() - {*names})
         dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *self.all_sums(group))
@@ -487,9 +490,6 @@ class Optimizer(torch.optim.Optimizer):
         relative = float(group["lr"]) / float(start) if start else 1.0
         return View({k: v for k, v in group.items() if k != "params"} | {"schedule": relative} | extra)
 
-    def _shared_view(self, group: dict[str, Any]) -> View:
-        return View({name: group[name] for name in self.shared})
-
     def _begin(self) -> list[dict[str, Tensor]]:
         """Advance what belongs to the whole optimizer. Returns the 0-d tensors each group's tensors will see."""
         if self.needs_loss and self._loss is None:
@@ -499,13 +499,19 @@ class Optimizer(torch.optim.Optimizer):
                 "`hf_optim.LossAwareTrainer` (or `class T(LossAwareMixin, YourTrainer)`); or start the unmodified "
                 "script with `hf-optim run SCRIPT ...`"
             )
+        for group in self.param_groups:  # a schedule or the user wrote to it: refuse before anything changes
+            for name in DYNAMIC:  # not its range: a schedule may end at -1e-20
+                if not math.isfinite(group[name]):
+                    raise ValueError(f"{type(self).__name__}: `{name}` must be finite, got {group[name]!r}")
+            if self._plan is None:
+                self.checked({name: group[name] for name in self.static_options()})
         device = self._device()
         made = []
         for group in self.param_groups:
             group["step"] += 1
             for name in self.shared:
                 group[name] = group[name].to(device)
-            s = self._shared_view(group)
+            s = View({name: group[name] for name in self.shared})
             made.append(self.prepare(s, self._group_view(group, loss=self._loss)))
             group.update(vars(s))
         self._loss = self._loss if self.keeps_loss else None
