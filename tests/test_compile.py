@@ -290,6 +290,16 @@ def compare_with_inductor(name, shapes, **options):
     return one, params, two, theirs
 
 
+def test_what_a_rule_moves_from_buffer_to_buffer_is_not_overwritten_first():
+    one, params = build("fractional_adamw", [(24, 64)], backend="loop", memory="window")
+    two, theirs = build("fractional_adamw", [(24, 64)], backend="fused", memory="window")
+    advance(one, params, 4)
+    advance(two, theirs, 4)
+    assert not execute._broken and far(theirs, params) < 2e-6
+    states = zip(one.state[params[0]].values(), two.state[theirs[0]].values())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in states if isinstance(a, torch.Tensor))
+
+
 def test_generated_code_equals_the_loop():
     options = {"dtype": BF16, "precision": "kahan", "state_dtype": "bfloat16", "weight_decay": 0.1}
     one, params, two, theirs = compare_with_inductor("adamw", [(64, 64)], **options)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +131,9 @@ def step_tensor(
 
 
 def _write(spec: Spec, p: Tensor, new: Tensor, bufs: dict[str, Tensor], s: View, salt: Any, offset: Any) -> None:
-    values = [_own(getattr(s, name), name, bufs) for name in spec.buffers]
-    for channel, (name, value) in enumerate(zip(spec.buffers, values), 1):
-        _keep(spec, name, bufs, value, salt, offset, channel)
+    channels = {name: channel for channel, name in enumerate(spec.buffers, 1)}
+    for name in _in_order({name: getattr(s, name) for name in channels}, bufs):
+        _keep(spec, name, bufs, getattr(s, name), salt, offset, channels[name])
     if spec.rounding == "kahan":
         value = sharding.local(sharding.match(new, p))
         precision.write_kahan(sharding.local(p), sharding.local(bufs[KAHAN]), value)
@@ -141,9 +141,15 @@ def _write(spec: Spec, p: Tensor, new: Tensor, bufs: dict[str, Tensor], s: View,
         _store(p, new, spec.rounding == "stochastic", salt, offset, 0)
 
 
-def _own(value: Tensor, name: str, bufs: dict[str, Tensor]) -> Tensor:
-    """A copy of a value that a rule moved here from another buffer, which is about to be overwritten."""
-    return value.clone() if any(value is b for other, b in bufs.items() if other != name) else value
+def _in_order(values: dict[str, Tensor], bufs: dict[str, Tensor]) -> Iterator[str]:
+    """The buffers to write, each after those that get what it holds now: no copies, which Inductor would leave out."""
+    while values:
+        free = [n for n in values if not any(values[other] is bufs[n] for other in values if other != n)]
+        if not free:
+            raise RuntimeError(f"a rule may not swap the buffers {', '.join(values)}: compute one of them anew")
+        name = free[0]
+        del values[name]
+        yield name
 
 
 def _keep(spec: Spec, name: str, bufs: dict[str, Tensor], value: Tensor, salt: Any, offset: Any, channel: int) -> None:
