@@ -414,7 +414,6 @@ def test_fused_with_every_option_and_flag(name):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="pytorch#196570: Inductor's CPU code fails with KeyError, the loop takes over")
 @pytest.mark.parametrize("flag", ["centralize", "soft_clip"])
 @pytest.mark.parametrize("rule", ["adamw", "adalo"])
 def test_fused_mean_over_rows_of_an_elementwise_rule(rule, flag):

@@ -101,6 +101,10 @@ def test_fsdp2_with_generated_code(which, flags):
     launch(2, fsdp, which, flags_on(which) if flags else {})
 
 
+def test_a_loop_of_another_shape_waits_for_the_state_that_it_reads():
+    launch(2, fsdp, "fractional_adamw", {"centralize": True, "cautious": True})
+
+
 def released(name):
     graphs = trace_only()
     whole, model = make_model(), sharded_model()

@@ -29,6 +29,7 @@ from torch._inductor.codegen.cpp import CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
@@ -149,7 +150,13 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     store_small(graph)
     module = GraphModule(torch.nn.Module(), graph)
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-    with tracing(TracingContext(mode)), config.patch(OPTIONS), bits_in_registers(), whole_vectors(inputs):
+    with (
+        tracing(TracingContext(mode)),
+        config.patch(OPTIONS),
+        bits_in_registers(),
+        whole_vectors(inputs),
+        written_first(),
+    ):
         return compile_fx_inner(module, inputs, is_inference=True)
 
 
@@ -221,6 +228,20 @@ def whole_vectors(inputs: list[Tensor]) -> Iterator[None]:
         return [pick_vec_isa().nelements(narrow[0])] if narrow and len(factors) == 1 else factors, *rest
 
     with patch.object(TilingSelect, "select_tiling", select_tiling):
+        yield
+
+
+@contextmanager
+def written_first() -> Iterator[None]:
+    """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse the two:
+    what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
+    real = SchedulerNode.recompute_size_and_body
+
+    def recompute(node: Any, *args: Any, **kwargs: Any) -> None:
+        real(node, *args, **kwargs)
+        node.set_read_writes(node.read_writes.rename(node.mutation_renames))
+
+    with patch.object(SchedulerNode, "recompute_size_and_body", recompute):
         yield
 
 
