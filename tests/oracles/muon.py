@@ -45,6 +45,7 @@ class Oracle(adamw.Oracle):
         return size * U @ torch.diag(S) @ Vh
 
 
+BAR = 5e-6  # products of matrices, whose sums are taken in an order of the machine's own
 # `beta1` and `amsgrad` act on the vectors
 CASES = [
     *adamw.CASES,

@@ -18,5 +18,6 @@ class Oracle:
         return self.b if self.mu else g
 
 
+BAR = 1e-5  # 200 steps as large as this rule's round more than AdamW's; float64 is exact
 CASES = [{"momentum": 0.5}, {"momentum": 0.0}, {"dampening": 0.5}]
 BASE = {"lr": 0.03}  # 0.3 carries weights far away and back: the rounding of the way is left then
