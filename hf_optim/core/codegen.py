@@ -56,6 +56,7 @@ OPTIONS = {
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
 }
+CODED = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}  # of int8
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
 if hasattr(os, "register_at_fork"):
@@ -152,7 +153,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     with (
         tracing(TracingContext(mode)),
-        config.patch(OPTIONS),
+        config.patch(OPTIONS | (CODED if torch.int8 in {x.dtype for x in inputs} else {})),
         bits_in_registers(),
         whole_vectors(inputs),
         written_first(),

@@ -74,10 +74,11 @@ def reduce_late(graph: Graph, count: int) -> None:
             read_late.add(node)
     late |= {node for node in writes if node.args[0] in read_late}
     ends = set(writes[len(writes) // count - 1 :: len(writes) // count])  # tensor after tensor was traced
-    own: list[Node] = []
+    own, whole = list[Node](), max(map(_numel, writes))
     for node in nodes:
         own += [node] if node in late else []
         if node in ends:
+            own.sort(key=lambda x: _is_write(x) and 8 * _numel(x) < whole)
             for x in own:
                 node.append(x)
                 node = x
