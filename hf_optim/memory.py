@@ -194,7 +194,8 @@ def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     """
     p, buffers = sharding.local(p), [sharding.local(x) for x in state.values() if isinstance(x, Tensor)]
     small = sum(x.nbytes for x in buffers if x.numel() < p.numel())
-    return 4 * small if spec.elementwise else p.nbytes // 4 + 2 * small
+    waits = spec.rounding == "kahan" and (spec.coded or (spec.narrow and not spec.elementwise))
+    return 4 * p.numel() * bool(waits) + (4 * small if spec.elementwise else p.nbytes // 4 + 2 * small)
 
 
 class _Live(TorchDispatchMode):
