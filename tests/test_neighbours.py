@@ -317,6 +317,30 @@ def test_a_compiled_model(kind):
     assert kinds[0] == kinds[1]
 
 
+@pytest.mark.parametrize("report", [False, True])
+@KINDS
+def test_a_compiled_training_step(kind, report):
+    def run(compiled):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 4))
+        optimizer, x = hf_optim.create(kind, net), torch.randn(8, 16)
+
+        def step():
+            loss = net(x).square().mean()
+            loss.backward()
+            if report:
+                optimizer.report_loss(loss.detach())
+            optimizer.step(**({} if report else {"loss": loss.detach()}))
+            optimizer.zero_grad()
+
+        step = torch.compile(step, backend="eager") if compiled else step
+        for _ in range(3):
+            step()
+        return everything(optimizer)
+
+    assert run(True) == run(False)
+
+
 # ---- accelerate without Trainer ------------------------------------------------------------------------------------
 
 SCHEDULES = {  # a scheduler, and the factor of its learning rate at step t = 0, 1, ...

@@ -304,6 +304,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = None
 
     # ---- the step ------------------------------------------------------------------------------------------------
+    @torch.compiler.disable  # within a compiled training step it would keep nothing; the step has code of its own
     def report_loss(self, loss: Tensor | float) -> None:
         """Give the loss of the coming step to an optimizer whose step size depends on it.
 
@@ -325,6 +326,7 @@ class Optimizer(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         return next(p.device for group in self.param_groups for p in group["params"])
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None, scaler: Any = None) -> Any:
         """One step of every parameter that has a gradient.
