@@ -33,7 +33,9 @@ def check(
         raise UserError(str(error)) from None
     try:
         layout = of_accelerate(accelerate_config)
-    except (ValueError, TypeError, AttributeError, KeyError, OSError, yaml.YAMLError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{accelerate_config} is not a file that `accelerate config` wrote: {error}") from None
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{accelerate_config}: {error}") from None
     verdict = decide(info.cls, options, layout)
     if as_json:
