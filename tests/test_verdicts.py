@@ -271,12 +271,11 @@ def test_exit_codes_of_the_process():
     ("text", "message"),
     [
         ("", "not a file that `accelerate config` wrote"),
-        ("[]", "not a file that `accelerate config` wrote"),
+        ("- a list", "not a file that `accelerate config` wrote"),
         ("distributed_type: XLA\nnum_processes: 8", "`distributed_type: XLA` cannot be judged"),
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_confg: {}", "unknown keys"),
         (FSDP + "fsdp_version: 3", "unknown layout 'fsdp3'"),
         (ZERO + "deepspeed_config_file: nowhere.json", "nowhere.json"),
-        ("- a list", "accelerate.yaml: "),
         ("a: [", "accelerate.yaml: "),
     ],
 )
