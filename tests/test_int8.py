@@ -393,8 +393,8 @@ def test_a_compiled_step_stays_below_its_bound(which, precision):
     """No average exists in fp32, not even within a step; with Kahan's residual, the new weight does."""
     execute.programs.cache_clear()
     net = torch.nn.Linear(1024, 512, bias=False, dtype=torch.float32 if precision == "nearest" else torch.bfloat16)
-    options = {"backend": "fused", "state_dtype": "int8", **FLOAT.get(which, {}), **moments(which)}
-    options["precision"] = precision
+    options = {"backend": "fused", "state_dtype": "int8", "precision": precision}
+    options |= FLOAT.get(which, {}) | moments(which)
     expected = hf_optim.estimate_memory(net, which, **options).temporaries
     optimizer = stepped(which, net, **options)
     step(optimizer)

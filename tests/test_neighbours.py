@@ -333,9 +333,10 @@ def test_a_compiled_training_step(kind, report):
             optimizer.step(**({} if report else {"loss": loss.detach()}))
             optimizer.zero_grad()
 
-        step = torch.compile(step, backend="eager") if compiled else step
+        step, before = torch.compile(step, backend="eager") if compiled else step, net[0].weight.clone()
         for _ in range(3):
             step()
+        assert (net[0].weight != before).any()
         return everything(optimizer)
 
     assert run(True) == run(False)

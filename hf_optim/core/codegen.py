@@ -51,12 +51,12 @@ OPTIONS = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
     # What is used twice is computed twice: it takes less time than storing it, and no memory. Not without a bound:
-    # Inductor's own time doubles with every use of a use.
+    # Inductor's own time doubles with every use of a use. (Codes are two reads and many operations: INT8_OPTIONS.)
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
 }
-CODED = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}  # of int8
+INT8_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
 if hasattr(os, "register_at_fork"):
@@ -153,7 +153,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     with (
         tracing(TracingContext(mode)),
-        config.patch(OPTIONS | (CODED if torch.int8 in {x.dtype for x in inputs} else {})),
+        config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in {x.dtype for x in inputs} else {})),
         bits_in_registers(),
         whole_vectors(inputs),
         written_first(),

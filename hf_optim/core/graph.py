@@ -59,7 +59,7 @@ def reduce_late(graph: Graph, count: int) -> None:
     """Move the reductions of each of `count` tensors, and what waits for them, behind everything else of its step.
 
     Inductor puts a reduction into an earlier loop over the same weight, but not that loop into the reduction's. A
-    buffer that is still to be read by a reduction is written last: to write it, Inductor stores all that was read.
+    buffer that is still to be read by a reduction is written last, then vectors: Inductor stores first what read them.
     """
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     writes = [node for node in nodes if _is_write(node)]
