@@ -190,6 +190,7 @@ def main():
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
+    trainer.accelerator.end_training()  # gloo's threads must end before Python does, or the process may abort
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from matplotlib.colors import to_hex
 from rich.console import Console
@@ -309,6 +310,18 @@ def test_classification_on_two_processes(tiny_bert, topics, tmp_path):
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert results["eval_samples"] == 24
     assert results["eval_accuracy"] * 24 == pytest.approx(round(results["eval_accuracy"] * 24))  # no row counted twice
+
+
+@pytest.mark.parametrize("script_name", ["finetune_classification", "finetune_clm"])
+def test_the_process_group_ends_before_the_process(request, run, tiny_bert, topics, tmp_path, script_name):
+    """Else a thread of gloo may still hold a tensor that Python knows when Python ends, and abort (pytorch#179291)."""
+    config = {"output_dir": tmp_path, "max_eval_samples": 4, "do_eval": True, "use_cpu": True, "report_to": "none"}
+    if script_name == "finetune_classification":
+        config = classification(tiny_bert, topics, tmp_path, do_train=False)
+    request.addfinalizer(lambda: dist.is_initialized() and dist.destroy_process_group())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    run(script_name, *flags(config))
+    assert not dist.is_initialized()
 
 
 # -------------------------------------------------------------------------------------------------------- finetune_clm
