@@ -77,10 +77,7 @@ def main(reports: Annotated[list[Path], typer.Argument(help="JUnit XML files of 
         for case in ElementTree.parse(report).iter("testcase"):
             found = {child.tag for child in case} & {"failure", "error", "skipped"}
             file = case.get("classname", "").split(".")[-1].removeprefix("test_")
-            if file:  # it has none where a whole file was skipped, for want of a package
-                outcomes.setdefault(file, {})[case.get("name", "")] = found.pop() if found else "passed"
-    if unknown := outcomes.keys() - {file for files in SUBJECTS.values() for file in files}:
-        raise typer.BadParameter(f"SUBJECTS says nothing about {', '.join(sorted(unknown))}")
+            outcomes.setdefault(file, {})[case.get("name", "")] = found.pop() if found else "passed"
     rows = []
     for subject, files in SUBJECTS.items():
         of = [outcome for file in files for outcome in outcomes.get(file, {}).values()]

@@ -546,6 +546,12 @@ def test_the_table_of_steps_on_shards_is_what_was_measured(script):
     assert sum(line.startswith("| `") for line in rows) == named
 
 
+def test_the_table_of_tests_leaves_out_no_file(script):
+    counted = [file for files in script("count_tests").SUBJECTS.values() for file in files]
+    found = [path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")]
+    assert sorted(counted) == sorted(found)
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 RECIPES = sorted((ROOT / "configs" / "train").glob("*.yaml"))
