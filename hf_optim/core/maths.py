@@ -109,7 +109,7 @@ def pack_signs(x: Tensor) -> Tensor:
     w = -(-n // 8)
     if 0 < w <= NARROW:
         word = torch.where(x > 0, back(_places(n, x), x), 0.0).sum(1)
-        # no shifts, here and below: those of a DTensor are silently wrong (torch 2.13)
+        # no shifts of what may be sharded: those of a DTensor are silently wrong (torch 2.13)
         high = [(word / 256**j).floor() for j in range(w)] + [0.0]
         return torch.stack([_byte(a - 256 * b) for a, b in zip(high, high[1:])], 1)
     runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
@@ -128,7 +128,7 @@ def with_signs(size: Tensor, packed: Tensor) -> Tensor:
         word = functools.reduce(torch.add, (back(packed[:, j : j + 1], places) * 256**j for j in range(w)))
         bits = word.bitwise_and(places)
     else:
-        places = 2 ** (torch.arange(8 * w, dtype=torch.int32, device=size.device) // w)
+        places = 1 << (torch.arange(8 * w, dtype=torch.int32, device=size.device) // w)
         bits = packed.int().unsqueeze(1).bitwise_and(beside(places.view(8, w), size)).flatten(1)
     return torch.where((bits if bits.shape[1] == n else bits[:, :n]) > 0, size, -size)
 
@@ -136,4 +136,4 @@ def with_signs(size: Tensor, packed: Tensor) -> Tensor:
 def _places(n: int, ref: Tensor) -> Tensor:
     """The bit of each column in the word that the bytes of its row make."""
     column, w = torch.arange(n, dtype=torch.int32, device=ref.device), -(-n // 8)
-    return beside(2 ** (column // w + 8 * (column % w)), ref)
+    return beside(1 << (column // w + 8 * (column % w)), ref)
