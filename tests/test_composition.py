@@ -77,8 +77,7 @@ def check(name, flags, fused):
     again.step(loss=1.0)
     advance(again, theirs, 2, first=5)
     assert everything(again) == everything(optimizer), "resumed is not uninterrupted"
-    if fused and not (hf_optim.info(name).cls.elementwise and {"centralize", "soft_clip"} & set(flags)):
-        # those two fail in Inductor on CPUs (pytorch#196570, test_oracles.py), and the loop takes over
+    if fused:
         execute.programs.cache_clear()
         other, compiled = build(name, flags, backend="fused")
         advance(other, compiled, 3)

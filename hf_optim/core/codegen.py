@@ -15,7 +15,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -29,9 +31,11 @@ from torch._inductor.codegen.cpp import CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -57,6 +61,7 @@ OPTIONS = {
     "realize_acc_reads_threshold": 12,
 }
 INT8_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}
+TAG = sha256(Path(__file__).read_bytes()).hexdigest()  # code on disk is not to outlive a change of `repaired`
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
 if hasattr(os, "register_at_fork"):
@@ -154,9 +159,8 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     with (
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in {x.dtype for x in inputs} else {})),
-        bits_in_registers(),
-        whole_vectors(inputs),
-        written_first(),
+        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),
+        repaired(inputs),
     ):
         return compile_fx_inner(module, inputs, is_inference=True)
 
@@ -203,46 +207,45 @@ def _sign(x: Tensor) -> Any:
     return ((bits & -0x80000000 | 0x3F800000) & nonzero).view(torch.float32)
 
 
-@contextmanager
-def bits_in_registers() -> Iterator[None]:
-    """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one: stochastic
-    rounding would take half as long again."""
-    real = CppVecOverrides.to_dtype_bitcast
+# ---- Inductor, where its code for CPUs falls short -----------------------------------------------------------------
 
-    def bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
+
+@contextmanager
+def repaired(inputs: list[Tensor]) -> Iterator[None]:
+    """Inductor with the replacements below, while it compiles a graph with these inputs."""
+    bitcast, select_tiling = CppVecOverrides.to_dtype_bitcast, TilingSelect.select_tiling
+    recompute, narrow = SchedulerNode.recompute_size_and_body, [x.dtype for x in inputs if x.dtype.itemsize == 2]
+
+    def in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
+        """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one:
+        stochastic rounding would take half as long again."""
         if {dtype, src_dtype} != {torch.float32, torch.int32}:
-            return real(x, dtype, src_dtype)
+            return bitcast(x, dtype, src_dtype)
         return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
 
-    with patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(bitcast)):
-        yield
-
-
-@contextmanager
-def whole_vectors(inputs: list[Tensor]) -> Iterator[None]:
-    """Let a CPU's loops take as many entries at a time as a vector of the narrowest float has. Inductor takes as many
-    as are in a vector of fp32, half of one of bf16, whose load waits for the store before it: they seem to overlap."""
-    real, narrow = TilingSelect.select_tiling, [x.dtype for x in inputs if x.dtype.itemsize == 2]
-
-    def select_tiling(*args: Any) -> Any:
-        factors, *rest = real(*args)
+    def whole_vectors(*args: Any) -> Any:
+        """Take as many entries at a time as a vector of the narrowest float has. Inductor takes as many as are in a
+        vector of fp32, half of one of bf16, whose load waits for the store before it: they seem to overlap."""
+        factors, *rest = select_tiling(*args)
         return [pick_vec_isa().nelements(narrow[0])] if narrow and len(factors) == 1 else factors, *rest
 
-    with patch.object(TilingSelect, "select_tiling", select_tiling):
-        yield
-
-
-@contextmanager
-def written_first() -> Iterator[None]:
-    """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse the two:
-    what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
-    real = SchedulerNode.recompute_size_and_body
-
-    def recompute(node: Any, *args: Any, **kwargs: Any) -> None:
-        real(node, *args, **kwargs)
+    def written_first(node: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse both:
+        what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
+        recompute(node, *args, **kwargs)
         node.set_read_writes(node.read_writes.rename(node.mutation_renames))
 
-    with patch.object(SchedulerNode, "recompute_size_and_body", recompute):
+    def read_or_none(body: LoopBody, name: str) -> Any:
+        """Where a loop reads a buffer. One that was written in place goes by another name, which Inductor takes for
+        an error (pytorch#196570): it asks whether it could keep the buffer for the loop only, and could not."""
+        return next(iter(body.get_all_read_expr(name)), None)
+
+    with (
+        patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(in_registers)),
+        patch.object(TilingSelect, "select_tiling", whole_vectors),
+        patch.object(SchedulerNode, "recompute_size_and_body", written_first),
+        patch.object(LoopBody, "get_read_expr", read_or_none),
+    ):
         yield
 
 
