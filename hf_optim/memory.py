@@ -189,15 +189,12 @@ def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     """At most what a compiled step keeps for a parameter.
 
     An elementwise rule is one pass, and passes on the scales of int8 codes only. Any other rule passes on vectors, and
-    the sums of a block of rows each: that was measured (tests/test_memory.py, test_int8.py). The new weight, for
-    Kahan's residual, waits in fp32 if state is coded, or narrow next to sums. Products of matrices and whole-model
-    sums stay as they are in the loop.
+    the sums of a block of rows each: that was measured (tests/test_memory.py, test_int8.py). Products of matrices and
+    whole-model sums stay as they are in the loop.
     """
     p, buffers = sharding.local(p), [sharding.local(x) for x in state.values() if isinstance(x, Tensor)]
     small = sum(x.nbytes for x in buffers if x.numel() < p.numel())
-    waits = spec.rounding == "kahan" and (spec.coded or (spec.narrow and not spec.elementwise))
-    weight = 4 * p.numel() if waits else 0
-    return weight + (4 * small if spec.elementwise else p.nbytes // 4 + 2 * small)
+    return 4 * small if spec.elementwise else p.nbytes // 4 + 2 * small
 
 
 class _Live(TorchDispatchMode):

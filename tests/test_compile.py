@@ -13,6 +13,7 @@ import torch
 from conftest import advance, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import hf_optim
@@ -323,6 +324,16 @@ def test_a_forked_process_compiles_after_its_parent_did():
     with fresh_cache():  # where all is in the cache, none of Inductor's threads is asked
         compare_with_inductor("adalo", [(24, 8)])
         launch(1, compile_another)
+
+
+def test_code_on_disk_is_that_of_this_version(monkeypatch):
+    """Two versions that differ in how they patch Inductor hand it the same graph."""
+    with fresh_cache():
+        for tag, hits in (("one", 0), ("one", 1), ("two", 0)):
+            monkeypatch.setattr(codegen, "TAG", tag)
+            counters.clear()
+            compare_with_inductor("adalo", [(24, 8)])
+            assert counters["inductor"]["fxgraph_cache_hit"] == hits
 
 
 @pytest.mark.slow

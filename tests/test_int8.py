@@ -390,7 +390,7 @@ def test_generated_code_equals_the_loop(which):
 @pytest.mark.parametrize("precision", ["nearest", "stochastic", "kahan"])
 @pytest.mark.parametrize("which", but())
 def test_a_compiled_step_stays_below_its_bound(which, precision):
-    """No average exists in fp32, not even within a step; with Kahan's residual, the new weight does."""
+    """Neither an average nor the new weight exists in fp32, not even within a step."""
     execute.programs.cache_clear()
     net = torch.nn.Linear(1024, 512, bias=False, dtype=torch.float32 if precision == "nearest" else torch.bfloat16)
     options = {"backend": "fused", "state_dtype": "int8", "precision": precision}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from engine import BF16
+from engine import BF16, moments
 from ranks import launch
 from test_cli import printed
 from torch.distributed.device_mesh import init_device_mesh
@@ -152,11 +152,13 @@ def test_what_a_step_holds_is_what_the_allocator_saw(name, kind, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 8])
-def test_a_compiled_step_stays_below_its_bound(name, count):
+@pytest.mark.parametrize(("count", "rounding"), [(1, None), (8, None), (1, "stochastic"), (1, "kahan")])
+def test_a_compiled_step_stays_below_its_bound(name, count, rounding):
     torch._dynamo.reset()
     net = torch.nn.Sequential(*[torch.nn.Linear(1024, 512, bias=False) for _ in range(count)])
     options = {"backend": "fused", **FLOAT.get(name, {})}
+    if rounding:
+        net, options = net.to(BF16), {**options, "precision": rounding, "state_dtype": "bfloat16", **moments(name)}
     expected = hf_optim.estimate_memory(net, name, **options).temporaries
     optimizer = stepped(name, net, **options)
     step(optimizer)

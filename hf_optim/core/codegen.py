@@ -27,7 +27,7 @@ from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codegen.cpp import CppVecOverrides, TilingSelect
+from torch._inductor.codegen.cpp import CppScheduling, CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -55,12 +55,13 @@ OPTIONS = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
     # What is used twice is computed twice: it takes less time than storing it, and no memory. Not without a bound:
-    # Inductor's own time doubles with every use of a use. (Codes are two reads and many operations: INT8_OPTIONS.)
+    # Inductor's own time doubles with every use of a use.
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
 }
-INT8_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}
+NARROW = {torch.int8, torch.bfloat16, torch.float16}  # more reads and operations: scales, residuals, noise
+MORE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}
 TAG = sha256(Path(__file__).read_bytes()).hexdigest()  # code on disk is not to outlive a change of `repaired`
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
@@ -158,8 +159,8 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     with (
         tracing(TracingContext(mode)),
-        config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in {x.dtype for x in inputs} else {})),
-        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),
+        config.patch(OPTIONS | (MORE if NARROW & {x.dtype for x in inputs} else {})),
+        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
         repaired(inputs),
     ):
         return compile_fx_inner(module, inputs, is_inference=True)
@@ -210,41 +211,55 @@ def _sign(x: Tensor) -> Any:
 # ---- Inductor, where its code for CPUs falls short -----------------------------------------------------------------
 
 
+bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
+
+
+def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
+    """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one: stochastic
+    rounding would take half as long again."""
+    if {dtype, src_dtype} != {torch.float32, torch.int32}:
+        return bitcast(x, dtype, src_dtype)
+    return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
+
+
+def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
+    """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse the two:
+    what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
+    recompute(node, *args, **kwargs)
+    node.set_read_writes(node.read_writes.rename(node.mutation_renames))
+
+
+def _read_or_none(body: LoopBody, name: str) -> Any:
+    """Where a loop reads a buffer. One that was written in place goes by another name, which Inductor takes for an
+    error (pytorch#196570): it asks whether it could keep the buffer for the loop only, and could not."""
+    return next(iter(body.get_all_read_expr(name)), None)
+
+
 @contextmanager
 def repaired(inputs: list[Tensor]) -> Iterator[None]:
-    """Inductor with the replacements below, while it compiles a graph with these inputs."""
-    bitcast, select_tiling = CppVecOverrides.to_dtype_bitcast, TilingSelect.select_tiling
-    recompute, narrow = SchedulerNode.recompute_size_and_body, [x.dtype for x in inputs if x.dtype.itemsize == 2]
-
-    def in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
-        """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one:
-        stochastic rounding would take half as long again."""
-        if {dtype, src_dtype} != {torch.float32, torch.int32}:
-            return bitcast(x, dtype, src_dtype)
-        return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
+    """Inductor with the replacements above and below, while it compiles a graph with these inputs."""
+    select_tiling, priority = TilingSelect.select_tiling, CppScheduling.get_fusion_pair_priority
+    halves, narrow = [x.dtype for x in inputs if x.itemsize == 2], bool(NARROW & {x.dtype for x in inputs})
 
     def whole_vectors(*args: Any) -> Any:
         """Take as many entries at a time as a vector of the narrowest float has. Inductor takes as many as are in a
         vector of fp32, half of one of bf16, whose load waits for the store before it: they seem to overlap."""
         factors, *rest = select_tiling(*args)
-        return [pick_vec_isa().nelements(narrow[0])] if narrow and len(factors) == 1 else factors, *rest
+        return [pick_vec_isa().nelements(halves[0])] if halves and len(factors) == 1 else factors, *rest
 
-    def written_first(node: Any, *args: Any, **kwargs: Any) -> None:
-        """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse both:
-        what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
-        recompute(node, *args, **kwargs)
-        node.set_read_writes(node.read_writes.rename(node.mutation_renames))
-
-    def read_or_none(body: LoopBody, name: str) -> Any:
-        """Where a loop reads a buffer. One that was written in place goes by another name, which Inductor takes for
-        an error (pytorch#196570): it asks whether it could keep the buffer for the loop only, and could not."""
-        return next(iter(body.get_all_read_expr(name)), None)
+    def rows_first(backend: Any, a: Any, b: Any) -> int:
+        """Fuse loops over rows, then flat ones to them: fused to each other these would stay apart, and what both read
+        (the new weight, which Kahan's rounding writes in two parts) would be stored."""
+        simple = all(isinstance(x, SchedulerNode) and not x.is_reduction() for y in (a, b) for x in y.get_nodes())
+        loops = [len(x.group[1][0]) for x in (a, b)] if narrow and simple else [0]
+        return priority(backend, a, b) - (sum(loops) if max(loops) > 1 else 0)
 
     with (
-        patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(in_registers)),
+        patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
+        patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
+        patch.object(LoopBody, "get_read_expr", _read_or_none),
         patch.object(TilingSelect, "select_tiling", whole_vectors),
-        patch.object(SchedulerNode, "recompute_size_and_body", written_first),
-        patch.object(LoopBody, "get_read_expr", read_or_none),
+        patch.object(CppScheduling, "get_fusion_pair_priority", rows_first),
     ):
         yield
 
