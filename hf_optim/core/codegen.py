@@ -60,8 +60,9 @@ OPTIONS = {
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
 }
-NARROW = {torch.int8, torch.bfloat16, torch.float16}  # more reads and operations: scales, residuals, noise
-MORE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 24}
+NARROW = {torch.int8, torch.bfloat16, torch.float16}  # read with scales, residuals and noise
+NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 24}
+INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = sha256(Path(__file__).read_bytes()).hexdigest()  # code on disk is not to outlive a change of `repaired`
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
@@ -157,9 +158,10 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     store_small(graph)
     module = GraphModule(torch.nn.Module(), graph)
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    dtypes = {x.dtype for x in inputs}
     with (
         tracing(TracingContext(mode)),
-        config.patch(OPTIONS | (MORE if NARROW & {x.dtype for x in inputs} else {})),
+        config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
         repaired(inputs),
     ):
