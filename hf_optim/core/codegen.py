@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,7 +62,8 @@ OPTIONS = {
 NARROW = {torch.int8, torch.bfloat16, torch.float16}  # read with scales, residuals and noise
 NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 24}
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
-TAG = sha256(Path(__file__).read_bytes()).hexdigest()  # code on disk is not to outlive a change of `repaired`
+TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
+bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
 if hasattr(os, "register_at_fork"):
@@ -139,8 +139,7 @@ class Programs:
                 graph = make_fx(self.function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
             graph.eliminate_dead_code()
             *before, (last, _) = [(_compile(part, mode, self.count), sends) for part, sends in parts(graph)]
-        sources: list[Any] = [LocalSource(f"t{i}") for i in range(len(fakes))]
-        guards = env.produce_guards(fakes, sources, ignore_static=False)
+        guards = env.produce_guards(fakes, [LocalSource(f"t{i}") for i in range(len(fakes))], ignore_static=False)
         return Program(last, " and ".join(g for g in guards if "storage_offset" not in g), env, before)
 
     def _sizes(self, x: Tensor, rows: bool) -> list[DimDynamic]:
@@ -163,7 +162,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
-        repaired(inputs),
+        repaired(dtypes),
     ):
         return compile_fx_inner(module, inputs, is_inference=True)
 
@@ -174,7 +173,7 @@ def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic
     return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
 
 
-# ---- reductions over rows, on a CPU --------------------------------------------------------------------------------
+# ---- Inductor, where its code for CPUs falls short -----------------------------------------------------------------
 
 
 def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -210,12 +209,6 @@ def _sign(x: Tensor) -> Any:
     return ((bits & -0x80000000 | 0x3F800000) & nonzero).view(torch.float32)
 
 
-# ---- Inductor, where its code for CPUs falls short -----------------------------------------------------------------
-
-
-bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
-
-
 def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one: stochastic
     rounding would take half as long again."""
@@ -231,17 +224,11 @@ def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
     node.set_read_writes(node.read_writes.rename(node.mutation_renames))
 
 
-def _read_or_none(body: LoopBody, name: str) -> Any:
-    """Where a loop reads a buffer. One that was written in place goes by another name, which Inductor takes for an
-    error (pytorch#196570): it asks whether it could keep the buffer for the loop only, and could not."""
-    return next(iter(body.get_all_read_expr(name)), None)
-
-
 @contextmanager
-def repaired(inputs: list[Tensor]) -> Iterator[None]:
-    """Inductor with the replacements above and below, while it compiles a graph with these inputs."""
+def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
+    """Inductor with the replacements above and below, while it compiles a graph with inputs of these types."""
     select_tiling, priority = TilingSelect.select_tiling, CppScheduling.get_fusion_pair_priority
-    halves, narrow = [x.dtype for x in inputs if x.itemsize == 2], bool(NARROW & {x.dtype for x in inputs})
+    halves = [x for x in dtypes if x.itemsize == 2]
 
     def whole_vectors(*args: Any) -> Any:
         """Take as many entries at a time as a vector of the narrowest float has. Inductor takes as many as are in a
@@ -253,13 +240,15 @@ def repaired(inputs: list[Tensor]) -> Iterator[None]:
         """Fuse loops over rows, then flat ones to them: fused to each other these would stay apart, and what both read
         (the new weight, which Kahan's rounding writes in two parts) would be stored."""
         simple = all(isinstance(x, SchedulerNode) and not x.is_reduction() for y in (a, b) for x in y.get_nodes())
-        loops = [len(x.group[1][0]) for x in (a, b)] if narrow and simple else [0]
+        loops = [len(x.group[1][0]) for x in (a, b)] if simple and NARROW & dtypes else [0]
         return priority(backend, a, b) - (sum(loops) if max(loops) > 1 else 0)
 
     with (
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
-        patch.object(LoopBody, "get_read_expr", _read_or_none),
+        # A buffer that was written in place is read by another name: no error (pytorch#196570), Inductor only asks
+        # whether the buffer could be kept for one loop, and it could not.
+        patch.object(LoopBody, "get_read_expr", lambda body, name: next(iter(body.get_all_read_expr(name)), None)),
         patch.object(TilingSelect, "select_tiling", whole_vectors),
         patch.object(CppScheduling, "get_fusion_pair_priority", rows_first),
     ):

@@ -170,10 +170,8 @@ def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
 def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host numbers and 0-d tensors in one vector on `device`, without waiting for it."""
     host = torch.tensor([0 if isinstance(x, Tensor) else x for x in numbers], dtype=dtype)
-    if device.type == "cuda":
-        host = host.pin_memory().to(device, non_blocking=True)
-    else:
-        host = host.to(device)
+    on_gpu = device.type == "cuda"
+    host = (host.pin_memory() if on_gpu else host).to(device, non_blocking=on_gpu)
     for i, x in enumerate(numbers):
         if isinstance(x, Tensor):
             host[i].copy_(x, non_blocking=True)
@@ -188,19 +186,13 @@ def _announce(name: str) -> None:
 
 def resolve(backend: str, numel: int) -> str:
     """The value of the `backend` option for a step of so many elements: `auto` compiles where it pays."""
-    if backend == "auto":
-        return "fused" if numel >= AUTO_NUMEL else "loop"
-    return backend
+    return ("fused" if numel >= AUTO_NUMEL else "loop") if backend == "auto" else backend
 
 
 def fusable(spec: Spec, weight: Tensor, backend: str) -> bool:
     """Whether a call on tensors like `weight` is compiled."""
-    return (
-        backend == "fused"
-        and spec.rule not in _broken
-        and weight.dtype != torch.float64  # scalars travel in fp32
-        and weight.numel() > 0
-    )
+    exact = weight.dtype == torch.float64  # scalars travel in fp32
+    return backend == "fused" and spec.rule not in _broken and not exact and weight.numel() > 0
 
 
 def _give_up(spec: Spec, error: Exception) -> None:

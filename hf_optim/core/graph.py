@@ -120,9 +120,7 @@ def store_small(graph: Graph) -> None:
     Inductor stores outputs; anything else elementwise it computes again for every entry of the weight.
     """
     output = next(iter(reversed(graph.nodes)))
-    passed = [
-        node for node in graph.nodes if _is_made(node) and any(_numel(x) > 8 * _numel(node) for x in _readers(node))
-    ]
+    passed = [n for n in graph.nodes if _is_made(n) and any(_numel(x) > 8 * _numel(n) for x in _readers(n))]
     output.args = (tuple([*output.args[0], *passed]),)
 
 
