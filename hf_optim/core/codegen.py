@@ -26,7 +26,7 @@ from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codegen.cpp import CppScheduling, CppVecOverrides, TilingSelect
+from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -217,6 +217,14 @@ def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
 
 
+def _counted(kernel: Any, start: Any, stride: Any) -> Any:
+    """Numbers from `start` on, by one addition. Inductor puts every one of them in its place in every vector."""
+    vector = kernel._get_vec_type(start.dtype)
+    new = kernel.cse.generate(kernel.compute, f"{vector}({start}) + {vector}::arange(0, {stride})", dtype=start.dtype)
+    new.is_vec = True
+    return new
+
+
 def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
     """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse the two:
     what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
@@ -245,6 +253,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
 
     with (
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
+        patch.object(CppVecKernel, "arange", _counted),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
         # A buffer that was written in place is read by another name: no error (pytorch#196570), Inductor only asks
         # whether the buffer could be kept for one loop, and it could not.

@@ -153,9 +153,5 @@ def _name(node: Node) -> str:
 def _numel(node: Node) -> int:
     """Elements of a tensor, in the traced example; 0 for a size or a list."""
     value = node.meta.get("val")
-    return _hint(value.numel()) if isinstance(value, Tensor) else 0
-
-
-def _hint(size: Any) -> int:
-    """The number that a size of the traced example has, without making it a condition."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    size: Any = value.numel() if isinstance(value, Tensor) else 0
+    return size if isinstance(size, int) else int(size.node.hint)  # asked for itself, a symbol becomes a condition

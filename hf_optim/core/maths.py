@@ -86,11 +86,7 @@ def two_largest(shape: Sequence[int]) -> tuple[int, int]:
 
 def max_axis(shape: Sequence[int], axes: Sequence[int]) -> int:
     """The longest of these axes, the last one of a tie. Plain comparisons: sizes may be symbols of the compiler."""
-    best = axes[0]
-    for a in axes:
-        if shape[a] >= shape[best]:
-            best = a
-    return best
+    return max(reversed(axes), key=shape.__getitem__)
 
 
 def square_shape(numel: int) -> tuple[int, int]:
@@ -111,13 +107,11 @@ def pack_signs(x: Tensor) -> Tensor:
         word = torch.where(x > 0, back(_places(n, x), x), 0.0).sum(1)
         # no shifts of what may be sharded: those of a DTensor are silently wrong (torch 2.13)
         high = [(word / 256**j).floor() for j in range(w)] + [0.0]
-        return torch.stack([_byte(a - 256 * b) for a, b in zip(high, high[1:])], 1)
-    runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
-    return _byte(functools.reduce(torch.add, (torch.where(runs[:, k] > 0, 2.0**k, 0.0) for k in range(8))))
-
-
-def _byte(x: Tensor) -> Tensor:
-    return x.to(torch.uint8)
+        packed = torch.stack([a - 256 * b for a, b in zip(high, high[1:])], 1)
+    else:
+        runs = (torch.nn.functional.pad(x, (0, 8 * w - n)) if n % 8 else x).view(m, 8, w)
+        packed = functools.reduce(torch.add, (torch.where(runs[:, k] > 0, 2.0**k, 0.0) for k in range(8)))
+    return packed.to(torch.uint8)
 
 
 def with_signs(size: Tensor, packed: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ CODED = 4096  # elements from which a tensor is coded: below, there is little to
 ROW = 16  # entries of a row: of shorter ones the scales would take most of what is saved
 LARGEST = 1e15  # of a gradient entry; the sum of 1e8 squares is still finite
 _LARGEST_BF16 = 0x7F7F0000  # its bits in fp32
-_MASK32 = 0xFFFFFFFF
 
 
 def state_dtype(p: Tensor, wanted: str) -> torch.dtype:
@@ -89,12 +88,9 @@ def write_nearest(buffer: Tensor, value: Tensor) -> None:
 def write_stochastic(buffer: Tensor, value: Tensor, noise: Tensor) -> None:
     """Round fp32 to bf16 up or down with probability equal to the distance: unbiased, so small updates add up.
 
-    Works on the integer bits, which Inductor does not fold away. NaN (as arithmetic makes it, quiet) and inf are kept,
-    and a finite value is never rounded up to inf (it stays at the largest bf16).
+    NaN and inf are kept, and a finite value is never rounded up to inf (it stays at the largest bf16).
     """
-    bits = value.view(torch.int32)
-    fits = ((bits & 0x7FFFFFFF) - _LARGEST_BF16) >> 31  # all ones where there is something to round up to, else 0
-    buffer.copy_(((bits + (noise & fits)) & -65536).view(torch.float32))
+    buffer.copy_(_rounded(value, noise)[0])
 
 
 def read_codes(codes: Tensor, scale: Tensor) -> Tensor:
@@ -127,15 +123,22 @@ def _of_each(scale: Tensor, entries: Tensor) -> Tensor:
 
 
 def write_kahan(p: Tensor, residual: Tensor, value: Tensor) -> None:
-    """Round to nearest bf16 and keep what was lost in `residual`, to be added back at the next read.
+    """Round to nearest bf16 (half away from 0, as nothing is lost either way, and never to inf) and keep the rest in
+    `residual`, to be added back at the next read.
 
     On the integer bits: Inductor folds `value - value.bfloat16().float()` to 0.
     """
-    bits = value.view(torch.int32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).view(torch.float32)
-    rounded = torch.where(value.isfinite(), rounded, value)
-    residual.copy_(torch.where(rounded.isfinite(), value - rounded, 0.0))
+    rounded, fits = _rounded(value, 0x8000)
+    residual.copy_(((value - rounded).view(torch.int32) & fits).view(torch.float32))
     p.copy_(rounded)
+
+
+def _rounded(value: Tensor, noise: Tensor | int) -> tuple[Tensor, Tensor]:
+    """fp32 without its lower 16 bits, `noise` added to them before; and all ones where there is a bf16 to round up to,
+    0 for the largest, NaN (as arithmetic makes it, quiet) and inf, which stay."""
+    bits = value.view(torch.int32)
+    fits = ((bits & 0x7FFFFFFF) - _LARGEST_BF16) >> 31
+    return ((bits + (noise & fits)) & -65536).view(torch.float32), fits
 
 
 def noise_bits(value: Tensor, salt: Tensor | int, offset: Tensor | int, channel: int) -> Tensor:
@@ -161,5 +164,4 @@ def salt(seed: int, step: int, index: int) -> int:
 
 def int32(x: int) -> int:
     """The low 32 bits of `x` as a signed number."""
-    x &= _MASK32
-    return x - (1 << 32) if x >> 31 else x
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
