@@ -17,7 +17,6 @@ LEVELS = 127  # codes of either sign
 CODED = 4096  # elements from which a tensor is coded: below, there is little to save
 ROW = 16  # entries of a row: of shorter ones the scales would take most of what is saved
 LARGEST = 1e15  # of a gradient entry; the sum of 1e8 squares is still finite
-_LARGEST_BF16 = 0x7F7F0000  # its bits in fp32
 
 
 def state_dtype(p: Tensor, wanted: str) -> torch.dtype:
@@ -137,7 +136,7 @@ def _rounded(value: Tensor, noise: Tensor | int) -> tuple[Tensor, Tensor]:
     """fp32 without its lower 16 bits, `noise` added to them before; and all ones where there is a bf16 to round up to,
     0 for the largest, NaN (as arithmetic makes it, quiet) and inf, which stay."""
     bits = value.view(torch.int32)
-    fits = ((bits & 0x7FFFFFFF) - _LARGEST_BF16) >> 31
+    fits = ((bits & 0x7FFFFFFF) - 0x7F7F0000) >> 31  # from the largest
     return ((bits + (noise & fits)) & -65536).view(torch.float32), fits
 
 
@@ -145,13 +144,14 @@ def noise_bits(value: Tensor, salt: Tensor | int, offset: Tensor | int, channel:
     """16 random bits per element, a function of (salt, offset + position, channel) alone.
 
     Every replica, every sharding and every resumed run therefore draws the same bits. The mixer is an integer hash
-    with full avalanche (two multiplications); int32 arithmetic wraps around, which is what it wants.
+    of two multiplications, whose upper bits are the best mixed; int32 arithmetic wraps around, which is what it wants.
     """
-    x = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
-    x = (x + offset) * -1640531527 + salt + int32(channel * 668265263)
+    start = offset * -1640531527 + salt + int32(channel * 668265263)
+    x = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape) * -1640531527
+    x = x + (start if isinstance(start, Tensor) else int32(start))
     x = (x ^ ((x >> 16) & 0xFFFF)) * 2146121005
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261
-    return (x ^ (x >> 16)) & 0xFFFF
+    return (x >> 16) & 0xFFFF
 
 
 def salt(seed: int, step: int, index: int) -> int:
