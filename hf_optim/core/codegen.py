@@ -220,7 +220,8 @@ def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
 def _counted(kernel: Any, start: Any, stride: Any) -> Any:
     """Numbers from `start` on, by one addition. Inductor puts every one of them in its place in every vector."""
     vector = kernel._get_vec_type(start.dtype)
-    new = kernel.cse.generate(kernel.compute, f"{vector}({start}) + {vector}::arange(0, {stride})", dtype=start.dtype)
+    code = f"{vector}({start}) + {vector}({stride}) * {vector}::arange(0, 1)"  # a multiple of a large stride wraps
+    new = kernel.cse.generate(kernel.compute, code, dtype=start.dtype)
     new.is_vec = True
     return new
 

@@ -108,9 +108,9 @@ def write_codes(codes: Tensor, scale: Tensor, value: Tensor, noise: Tensor) -> N
     rows = torch.nn.functional.pad(rows, (0, short)) if short else rows
     new = rows.view(rows.shape[0], scale.shape[1], BLOCK).amax(-1) / LEVELS**2
     size = value.abs() / _of_each(new, value)
-    k = size.sqrt().floor()
-    k = k + (noise + 0.5 < (size - k.square()) / (2 * k + 1) * 65536)
-    codes.copy_((value.sign() * k.clamp(max=LEVELS)).nan_to_num(0.0))
+    k = torch.where(size < 2 * LEVELS**2, size.sqrt().floor(), 0.0)  # of NaN and of 0 / 0; no other is as large
+    k = k + ((noise + 0.5) * (2 * k + 1) < (size - k.square()) * 65536)
+    codes.copy_(value.sign() * k.clamp(max=LEVELS))
     scale.copy_(new)
 
 
@@ -141,10 +141,8 @@ def _rounded(value: Tensor, noise: Tensor | int) -> tuple[Tensor, Tensor]:
 
 
 def noise_bits(value: Tensor, salt: Tensor | int, offset: Tensor | int, channel: int) -> Tensor:
-    """16 random bits per element, a function of (salt, offset + position, channel) alone.
-
-    Every replica, every sharding and every resumed run therefore draws the same bits. The mixer is an integer hash
-    of two multiplications, whose upper bits are the best mixed; int32 arithmetic wraps around, which is what it wants.
+    """16 random bits per element, a function of (salt, offset + position, channel) alone: the same in every replica,
+    sharding and resumed run. An integer hash of two multiplications, whose upper bits are the best mixed; int32 wraps.
     """
     start = offset * -1640531527 + salt + int32(channel * 668265263)
     x = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape) * -1640531527
