@@ -7,6 +7,10 @@ generation takes ten.
 """
 
 import logging
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -382,3 +386,27 @@ def test_no_temporary_is_as_large_as_the_weight(which):
         optimizer.step()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert not execute._broken and sizes and max(sizes) < params[0].nbytes / 8
+
+
+ONE_STEP = """
+import torch, hf_optim
+p = torch.nn.Parameter(torch.ones(64, 64))
+p.grad = torch.ones(64, 64)
+hf_optim.create("adalo", [p], backend="fused").step(loss=torch.tensor(1.0))
+"""
+
+
+def test_half_written_code_on_disk_is_written_anew(tmp_path):
+    def told():  # by a process that has not loaded the code yet
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-c", ONE_STEP], env=env, capture_output=True, text=True, check=True
+        ).stderr
+
+    told()
+    (code,) = tmp_path.glob("*/*.main.so")
+    for listed in (True, False):  # whether Inductor still knows the graph, or only the C++ that it writes for it
+        code.write_bytes(b"")
+        if not listed:
+            shutil.rmtree(tmp_path / "fxgraph")
+        assert "the compiler failed" not in told() and code.stat().st_size > 0

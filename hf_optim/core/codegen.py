@@ -164,7 +164,14 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
         compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
         repaired(dtypes),
     ):
-        return compile_fx_inner(module, inputs, is_inference=True)
+        try:
+            return compile_fx_inner(module, inputs, is_inference=True)
+        except Exception as error:  # a compiler that was killed leaves part of a file, to be loaded ever after
+            part = getattr(getattr(error, "inner_exception", error), "path", None)
+            if part is None:
+                raise
+            Path(part).unlink(missing_ok=True)
+            return compile_fx_inner(module, inputs, is_inference=True)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:

@@ -47,7 +47,12 @@ def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backen
         try:
             call.chunks = call.chunks or chunks(call)
         except Exception as error:  # whatever goes wrong in tracing and compiling: the loop is always right
-            _give_up(call.spec, error)
+            _broken.add(call.spec.rule)
+            logger.warning(
+                "the compiler failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
+                call.spec.rule.__name__,
+                str(error).strip().split("\n")[0],
+            )
         else:
             return fused(call, values, noise)
     return loop(call.spec, call.items, values, noise)
@@ -193,12 +198,3 @@ def fusable(spec: Spec, weight: Tensor, backend: str) -> bool:
     """Whether a call on tensors like `weight` is compiled."""
     exact = weight.dtype == torch.float64  # scalars travel in fp32
     return backend == "fused" and spec.rule not in _broken and not exact and weight.numel() > 0
-
-
-def _give_up(spec: Spec, error: Exception) -> None:
-    _broken.add(spec.rule)
-    logger.warning(
-        "the compiler failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
-        spec.rule.__name__,
-        str(error).strip().split("\n")[0],
-    )

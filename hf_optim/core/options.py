@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -127,14 +126,10 @@ def collect(cls: type) -> dict[str, Option]:
         hints = typing.get_type_hints(base) if any(isinstance(v, Option) for v in vars(base).values()) else {}
         for name, value in vars(base).items():
             if isinstance(value, Option):
-                kinds = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
+                kinds = typing.get_args(hints[name]) or (hints[name],)  # of `float | None`, or of `float`
                 kind = next(k for k in kinds if k is not type(None))
                 found[name] = replace(value, name=name, type=kind, optional=type(None) in kinds)
     return found
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
