@@ -410,3 +410,20 @@ def test_half_written_code_on_disk_is_written_anew(tmp_path):
         if not listed:
             shutil.rmtree(tmp_path / "fxgraph")
         assert "the compiler failed" not in told() and code.stat().st_size > 0
+
+
+def test_no_file_but_that_of_the_compiler_is_removed(tmp_path, monkeypatch):
+    module = tmp_path / "module.py"
+    module.touch()
+
+    def fails(*args, **kwargs):
+        raise ImportError("cannot import name 'x'", path=str(module))
+
+    monkeypatch.setattr(codegen, "compile_fx_inner", fails)
+    monkeypatch.setattr(execute, "_broken", set())
+    execute.programs.cache_clear()
+    (p,) = make_params(((8, 8),))
+    optimizer = hf_optim.create("adalo", [p], backend="fused")
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=torch.tensor(1.0))
+    assert execute._broken == {type(optimizer)} and module.exists()

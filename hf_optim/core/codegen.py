@@ -31,6 +31,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.loop_body import LoopBody
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -168,7 +169,9 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
             return compile_fx_inner(module, inputs, is_inference=True)
         except Exception as error:  # a compiler that was killed leaves part of a file, to be loaded ever after
             part = getattr(getattr(error, "inner_exception", error), "path", None)
-            if part is None:
+            if part is None or not Path(part).is_relative_to(
+                cache_dir()
+            ):  # a module that lacks a name has a path, too
                 raise
             Path(part).unlink(missing_ok=True)
             return compile_fx_inner(module, inputs, is_inference=True)

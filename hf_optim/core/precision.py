@@ -136,7 +136,7 @@ def _rounded(value: Tensor, noise: Tensor | int) -> tuple[Tensor, Tensor]:
     """fp32 without its lower 16 bits, `noise` added to them before; and all ones where there is a bf16 to round up to,
     0 for the largest, NaN (as arithmetic makes it, quiet) and inf, which stay."""
     bits = value.view(torch.int32)
-    fits = ((bits & 0x7FFFFFFF) - 0x7F7F0000) >> 31  # from the largest
+    fits = ((bits & 0x7FFFFFFF) - 0x7F7F0000) >> 31  # of less than the largest
     return ((bits + (noise & fits)) & -65536).view(torch.float32), fits
 
 
