@@ -169,10 +169,8 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
             return compile_fx_inner(module, inputs, is_inference=True)
         except Exception as error:  # a compiler that was killed leaves part of a file, to be loaded ever after
             part = getattr(getattr(error, "inner_exception", error), "path", None)
-            if part is None or not Path(part).is_relative_to(
-                cache_dir()
-            ):  # a module that lacks a name has a path, too
-                raise
+            if part is None or not Path(part).is_relative_to(cache_dir()):
+                raise  # a module that lacks a name has a path, too
             Path(part).unlink(missing_ok=True)
             return compile_fx_inner(module, inputs, is_inference=True)
 
