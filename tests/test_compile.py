@@ -18,6 +18,7 @@ from conftest import advance, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
 from torch._dynamo.utils import counters
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import fresh_cache
 
 import hf_optim
@@ -318,6 +319,21 @@ def test_generated_code_equals_the_loop():
     assert (value != other).float().mean() < 0.1 and torch.allclose(value, other, rtol=2**-14, atol=0)
     for key in ("m", "v"):  # the same random bits: hardly a number falls to the other side
         assert (a[key] != b[key]).float().mean() < 0.01 and bits(a[key]) != bits(torch.zeros_like(a[key]))
+
+
+def test_the_compiler_is_not_given_loops_that_nothing_reads(monkeypatch):
+    given, used = [], []
+    init = Scheduler._init
+
+    def count(scheduler, operations):
+        init(scheduler, operations)
+        given.append(len(operations))
+        used.append(sum(len(node.get_nodes()) for node in scheduler.nodes))
+
+    monkeypatch.setattr(Scheduler, "_init", count)
+    with fresh_cache():
+        compare_with_inductor("adamw", [(24, 64)], dtype=BF16, precision="kahan")
+    assert used[0] >= 4 and given[0] <= used[0] + 1  # three times as many: every value made from what is written
 
 
 def compile_another():

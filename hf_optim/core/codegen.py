@@ -30,6 +30,7 @@ from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverr
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.scheduler import SchedulerNode
@@ -39,6 +40,7 @@ from torch.compiler import config as compiler_config
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import tree_leaves
 
 from . import sharding
 from .graph import parts, reduce_late, store_small, write_early
@@ -65,6 +67,7 @@ NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
+mark_mutated = GraphLowering.mark_buffer_mutated
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
 if hasattr(os, "register_at_fork"):
@@ -241,6 +244,14 @@ def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
     node.set_read_writes(node.read_writes.rename(node.mutation_renames))
 
 
+def _read_again(lowering: Any, name: str) -> None:
+    """Store what was computed from a buffer that is now written, if it is still to be used. Inductor stores all of it,
+    and then works on loops that nothing reads: for AdamW with Kahan's rounding 15 of 24."""
+    alive = {id(x) for x in tree_leaves([*lowering.env.values()])}
+    lowering.name_to_users[name] = [x for x in lowering.name_to_users[name] if id(x) in alive]
+    mark_mutated(lowering, name)
+
+
 @contextmanager
 def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
     """Inductor with the replacements above and below, while it compiles a graph with inputs of these types."""
@@ -264,6 +275,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
+        patch.object(GraphLowering, "mark_buffer_mutated", _read_again),
         # A buffer that was written in place is read by another name: no error (pytorch#196570), Inductor only asks
         # whether the buffer could be kept for one loop, and it could not.
         patch.object(LoopBody, "get_read_expr", lambda body, name: next(iter(body.get_all_read_expr(name)), None)),

@@ -83,10 +83,8 @@ def zeros(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
     own, follows = p.to_local(), _follows(p, slot)
     shape = [slot.shape[i] if a is None else own.shape[a] for i, a in enumerate(follows)]
     buffer = torch.full(shape, float(slot.fill), dtype=dtype, device=own.device)
-    places = _placements(p, slot)
-    return DTensor.from_local(
-        buffer, p.device_mesh, places, run_check=False, shape=torch.Size(slot.shape), stride=_row_major(slot.shape)
-    )
+    whole = torch.empty(slot.shape, device="meta")
+    return placed(buffer, Layout(p.device_mesh, tuple(_placements(p, slot)), whole.shape, whole.stride()))
 
 
 def _alike(p: Tensor, slot: Slot) -> bool:
@@ -117,14 +115,6 @@ def adopt(x: Tensor, p: Tensor, slot: Slot) -> Tensor:
     if not isinstance(p, DTensor) or isinstance(x, DTensor):
         return x
     return distribute_tensor(x, p.device_mesh, _placements(p, slot), src_data_rank=None)
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def settle(x: Tensor) -> Tensor:
@@ -247,12 +237,10 @@ def amax(x: Tensor, keep_axis: int) -> Tensor:
     if not isinstance(x, DTensor):
         return _amax(x, keep_axis)
     reduced = _amax(x.to_local(), keep_axis)
-    places = [
+    places = tuple(
         q if not isinstance(q, Shard) else Shard(0) if q.dim == keep_axis else Partial("max") for q in x.placements
-    ]
-    size = (x.shape[keep_axis],)
-    part = DTensor.from_local(reduced, x.device_mesh, places, run_check=False, shape=torch.Size(size), stride=(1,))
-    return settle(part)
+    )
+    return settle(placed(reduced, Layout(x.device_mesh, places, torch.Size([x.shape[keep_axis]]), (1,))))
 
 
 def _amax(x: Tensor, keep_axis: int) -> Tensor:
