@@ -55,10 +55,6 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[
         post.remove()
 
 
-def _missing(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in optimizer.defaults.items() if name not in group}
-
-
 def pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
     """Parameters with the keys of their saved state, in order."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -76,7 +72,7 @@ def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if saved != own:
             what = saved or f"another optimizer (its options are {', '.join(k for k in group if k != 'params')})"
             raise ValueError(f"{own} cannot load this checkpoint: it was saved by {what}; nothing was changed")
-    of_each = [{**_missing(optimizer, group), **group} for group in groups for _ in group["params"]]
+    of_each = [{**optimizer.defaults, **group} for group in groups for _ in group["params"]]  # an older one lacks some
     for (p, key), group in zip(pairs(optimizer, state_dict), of_each):
         state = state_dict["state"].get(key)
         kept = {k: x for k, x in (state or {}).items() if isinstance(x, Tensor) and k != "step"}
