@@ -101,7 +101,8 @@ def _load(spec: Spec, name: str, bufs: dict[str, Tensor]) -> Tensor:
     if name not in spec.coded:
         return precision.widen(codes)
     scale = bufs[precision.scale_of(name)]
-    return sharding.shard_of(precision.read_codes(sharding.local(codes), sharding.local(scale)), codes)
+    value = precision.read_codes(sharding.local(codes), sharding.local(scale))
+    return sharding.placed(value, sharding.layout(codes))
 
 
 def step_tensor(

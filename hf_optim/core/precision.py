@@ -144,8 +144,12 @@ def noise_bits(value: Tensor, salt: Tensor | int, offset: Tensor | int, channel:
     """16 random bits per element, a function of (salt, offset + position, channel) alone: the same in every replica,
     sharding and resumed run. An integer hash of two multiplications, whose upper bits are the best mixed; int32 wraps.
     """
-    start = offset * -1640531527 + salt + int32(channel * 668265263)
-    x = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape) * -1640531527
+    stride, start = -1640531527, salt + int32(channel * 668265263)
+    x = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    if value.device.type == "cpu":  # Inductor counts by the stride
+        x, start = x * stride, offset * stride + start
+    else:  # the same numbers; a whole row's stride, which it would take there, is too much for Triton's int32
+        x = (x + offset) * stride
     x = x + (start if isinstance(start, Tensor) else int32(start))
     x = (x ^ ((x >> 16) & 0xFFFF)) * 2146121005
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261

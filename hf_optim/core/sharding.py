@@ -139,11 +139,6 @@ def beside(x: Tensor, ref: Tensor) -> Tensor:
     return DTensor.from_local(x, ref.device_mesh, [Replicate()] * ref.device_mesh.ndim, run_check=False)
 
 
-def shard_of(x: Tensor, ref: Tensor) -> Tensor:
-    """What was computed from the shard of `ref` on this rank, placed as `ref` is."""
-    return placed(x, layout(ref))
-
-
 @dataclass(frozen=True)
 class Collective:
     """A functional collective: the operator, its arguments after the tensor, and the size of the tensor."""
