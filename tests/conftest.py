@@ -50,7 +50,7 @@ def fill_grads(params, seed, scale=1.0, dtype=None):
         g = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)
         if dtype is not None:
             p.grad_dtype = dtype  # a gradient in another dtype than its weight
-        p.grad = g.to(dtype or p.dtype)
+        p.grad = g.to(p.device, dtype or p.dtype)
     return [p.grad for p in params]
 
 

@@ -42,13 +42,13 @@ def settings_of_flags():
     return {key: {flag: value} for flag, members in FLAGS.items() for value, m in members.items() for key in m.options}
 
 
-def build(name, shapes=SHAPES, dtype=torch.float32, seed=0, **options):
+def build(name, shapes=SHAPES, dtype=torch.float32, seed=0, device="cpu", **options):
     """(optimizer, its parameters). No weight decay where a bound takes its place; each tensor on its own, even where
     the default looks at the whole model."""
     if hf_optim.info(name).preset.get("decay") == "cpr" and "decay" not in options:
         options.pop("weight_decay", None)
     options = {**apart(name), **options}
-    params = make_params(shapes, dtype, seed)
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in make_params(shapes, dtype, seed)]
     return hf_optim.create(name, params, **options), params
 
 

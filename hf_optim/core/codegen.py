@@ -53,7 +53,7 @@ ROWS = 24  # of a block in which a CPU reduces over rows: the next line of memor
 WIDTHS = 4  # lengths of rows that get code of their own, which is faster; further ones share code for any length
 VARIANTS = 12  # kinds of sizes that one step may be compiled for at all
 LAYOUTS = 32  # shapes of sharded tensors that one step may be compiled for: DTensors have fixed sizes
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
     # What is used twice is computed twice: it takes less time than storing it, and no memory. Not without a bound:
@@ -61,7 +61,13 @@ OPTIONS = {
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
+    # On a GPU several small tensors share a kernel: to launch one for each takes longer than to run it.
+    "combo_kernels": True,
+    "combo_kernels_pointwise_only": True,  # none can reduce axes of any length
+    "combo_kernel_max_num_args": 500,
 }
+if hasattr(config, "combo_kernel_max_num_nodes"):  # torch 2.11 takes 8, and does not estimate the memory
+    OPTIONS |= {"combo_kernel_max_num_nodes": 16, "combo_kernel_peak_memory_pct_threshold": None}
 NARROW = {torch.int8, torch.bfloat16, torch.float16}  # read with scales, residuals and noise
 NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 24}
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
