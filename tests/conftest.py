@@ -22,6 +22,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("class_name", first.values())
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 # one name for each kind of state: element-wise, factored, covering maxima, packed signs, slow weights, bounds, loss
 LAYOUTS = ("adalo", "adamw", "adafactor_corrected", "sm3", "smmf", "amos", "lookahead_adamw", "cpr_adamw")
 
@@ -36,11 +41,11 @@ def seeded():
     torch.manual_seed(0)
 
 
-def make_params(shapes, dtype=torch.float32, seed=0):
+def make_params(shapes, dtype=torch.float32, seed=0, device="cpu"):
     """Leaf tensors of these shapes, drawn from N(0, 1) (in float64, then rounded to `dtype`)."""
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return [torch.nn.Parameter(x.to(dtype)) for x in draws]
+    return [torch.nn.Parameter(x.to(device, dtype)) for x in draws]
 
 
 def fill_grads(params, seed, scale=1.0, dtype=None):

@@ -48,7 +48,7 @@ def build(name, shapes=SHAPES, dtype=torch.float32, seed=0, device="cpu", **opti
     if hf_optim.info(name).preset.get("decay") == "cpr" and "decay" not in options:
         options.pop("weight_decay", None)
     options = {**apart(name), **options}
-    params = [torch.nn.Parameter(p.detach().to(device)) for p in make_params(shapes, dtype, seed)]
+    params = make_params(shapes, dtype, seed, device)
     return hf_optim.create(name, params, **options), params
 
 

@@ -120,7 +120,6 @@ def test_release_changes_memory_and_nothing_else(finetune):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_counts_its_own_memory_and_time(finetune):
     arms = [finetune.Arm.parse(text) for text in ("adamw_torch_fused", "adamw:backend=loop+release")]
     for result in (finetune.measure(job(finetune, device="cuda"), arm) for arm in arms):

@@ -447,13 +447,11 @@ def test_no_file_but_that_of_the_compiler_is_removed(tmp_path, monkeypatch):
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-
-def step_on(device, optimizer, params, t, mode="default"):
+def step(optimizer, params, t, mode="default"):
     """A step as Trainer makes it, the loss on the device; with `mode` "error" it may not wait for the device."""
     fill_grads(params, seed=t)
-    loss = torch.tensor(loss_at(t), device=device) if optimizer.needs_loss else None
+    loss = torch.tensor(loss_at(t), device=params[0].device) if optimizer.needs_loss else None
     torch.cuda.set_sync_debug_mode(mode)
     try:
         optimizer.step(loss=loss)
@@ -461,30 +459,30 @@ def step_on(device, optimizer, params, t, mode="default"):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "dtype, rounding", [(torch.float32, {}), (BF16, {"precision": "kahan", "state_dtype": "int8"})]
 )
-def test_steps_on_a_gpu_equal_those_of_the_loop_and_wait_for_nothing(name, dtype, rounding, device):
+def test_steps_on_a_gpu_equal_those_of_the_loop_and_wait_for_nothing(name, dtype, rounding):
     fresh()
     options = {**brisk(name), **rounding}
-    one, params = build(name, MODEL, dtype, device=device, backend="loop", **options)
-    two, theirs = build(name, MODEL, dtype, device=device, backend="fused", **options)
+    one, params = build(name, MODEL, dtype, device="cuda", backend="loop", **options)
+    two, theirs = build(name, MODEL, dtype, device="cuda", backend="fused", **options)
     for optimizer, own in ((one, params), (two, theirs)):
-        step_on(device, optimizer, own, 1)  # makes state, code and a plan
+        step(optimizer, own, 1)  # makes state, code and a plan
         for t in (2, 3):
-            step_on(device, optimizer, own, t, "error")
-    # bf16 matrix products, or the few entries that fall to the other side
-    bound = 2e-6 if dtype == torch.float32 and name not in ("muon", "spectral_adamw") else 2e-2
+            step(optimizer, own, t, "error")
+    # a step of bf16, where a few entries may fall to the other side and Muon multiplies; the weights moved by 1.5e-2
+    bound = 2e-6 if dtype == torch.float32 and name != "muon" else 4e-3
     assert not execute._broken and far(theirs, params) < bound
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_small_tensors_share_a_launch(device):
-    optimizer, params = build("adamw", [(16, 64)] * 32, device=device, backend="fused")
+@pytest.mark.gpu
+def test_small_tensors_share_a_launch():
+    optimizer, params = build("adamw", [(16, 64)] * 32, device="cuda", backend="fused")
     for t in (1, 2):
-        step_on(device, optimizer, params, t)
+        step(optimizer, params, t)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step_on(device, optimizer, params, 3)
+        step(optimizer, params, 3)
     launches = sum(event.count for event in profile.key_averages() if event.key.startswith("triton_"))
     assert 0 < launches <= 4  # two calls of 16 tensors; torch 2.11 puts 8 into a kernel

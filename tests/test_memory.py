@@ -295,7 +295,6 @@ def test_ddp_holds_every_gradient_twice():
 
 # ---- CUDA --------------------------------------------------------------------------------------------------------
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["loop", "fused"])
 def test_a_real_step_on_a_gpu(name, backend):
     net = torch.nn.Sequential(torch.nn.Embedding(8000, 1024), *[torch.nn.Linear(1024, 1024) for _ in range(8)])

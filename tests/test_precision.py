@@ -336,7 +336,6 @@ def test_fp64_weights_keep_fp64_state(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_noise_of_a_gpu_is_that_of_a_cpu():
     there, here = (precision.noise_bits(torch.empty(33, 70, device=d), 1 << 30, 1 << 29, 3) for d in ("cuda", "cpu"))
     assert torch.equal(there.cpu(), here)

@@ -84,7 +84,7 @@ def zeros(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
     shape = [slot.shape[i] if a is None else own.shape[a] for i, a in enumerate(follows)]
     buffer = torch.full(shape, float(slot.fill), dtype=dtype, device=own.device)
     whole = torch.empty(slot.shape, device="meta")
-    return placed(buffer, Layout(p.device_mesh, tuple(_placements(p, slot)), whole.shape, whole.stride()))
+    return placed(buffer, Layout(p.device_mesh, _placements(p, slot), whole.shape, whole.stride()))
 
 
 def _alike(p: Tensor, slot: Slot) -> bool:
@@ -97,14 +97,14 @@ def _follows(p: Tensor, slot: Slot) -> list[int | None]:
     return [a if a is not None and slot.shape[i] == p.shape[a] else None for i, a in enumerate(slot.axes)]
 
 
-def _placements(p: DTensor, slot: Slot) -> list[Any]:
+def _placements(p: DTensor, slot: Slot) -> tuple[Any, ...]:
     if _alike(p, slot):
-        return list(p.placements)
+        return tuple(p.placements)
     follows = _follows(p, slot)
-    return [
+    return tuple(
         Shard(follows.index(place.dim)) if isinstance(place, Shard) and place.dim in follows else Replicate()
         for place in p.placements
-    ]
+    )
 
 
 def adopt(x: Tensor, p: Tensor, slot: Slot) -> Tensor:
