@@ -18,6 +18,7 @@ from conftest import advance, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
 from torch._dynamo.utils import counters
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX2, VecAVX512
 from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import fresh_cache
 
@@ -334,6 +335,15 @@ def test_the_compiler_is_not_given_loops_that_nothing_reads(monkeypatch):
     with fresh_cache():
         compare_with_inductor("adamw", [(24, 64)], dtype=BF16, precision="kahan")
     assert used[0] >= 4 and given[0] <= used[0] + 1  # three times as many: every value made from what is written
+
+
+def test_vector_instructions_are_tried_out_until_they_work(monkeypatch):
+    tried = []
+    monkeypatch.setattr(codegen, "dry_compile", lambda isa, code: tried.append(type(isa)) or type(isa) is not VecAMX)
+    monkeypatch.setattr(codegen, "_built", set())
+    with codegen.repaired(set()):
+        answers = [isa.check_build("a test") for isa in (VecAMX(), VecAVX512(), VecAVX2())]
+    assert answers == [False, True, True] and tried == [VecAMX, VecAVX512]
 
 
 def compile_another():

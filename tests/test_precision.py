@@ -19,7 +19,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 def rounded(value, noise):
     buffer = torch.empty(value.shape, dtype=BF16)
-    precision.write_stochastic(buffer, value, noise)
+    precision.write(buffer, value, noise)
     return buffer
 
 
@@ -131,7 +131,7 @@ def test_rounding_is_the_same_when_compiled():
         weight, residual, state = torch.zeros(4096, dtype=BF16), torch.zeros(4096, dtype=BF16), torch.zeros(4096)
         state = state.to(BF16)
         precision.write_kahan(weight, residual, value)
-        precision.write_stochastic(state, value, precision.noise_bits(value, salt, offset, 3))
+        precision.write(state, value, precision.noise_bits(value, salt, offset, 3))
         return weight, residual, state
 
     value = torch.randn(4096).mul(3)

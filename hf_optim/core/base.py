@@ -431,9 +431,7 @@ class Optimizer(torch.optim.Optimizer):
     def _warn_precision(self, p: Tensor, wanted: str) -> None:
         owner = type(self).__name__
         if p.dtype == torch.float16:
-            raise ValueError(
-                f"{owner}: `precision={wanted}` needs bfloat16 weights, got float16; use bfloat16 weights"
-            )
+            raise ValueError(f"{owner}: `precision={wanted}` needs bfloat16 weights, got float16")
         if all(q.dtype != torch.bfloat16 for q in self.parameters()) and not self.state:
             logger.warning("%s: `precision=%s` has no effect: no weight is bfloat16", owner, wanted)
 

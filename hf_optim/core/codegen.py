@@ -28,7 +28,7 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.loop_body import LoopBody
@@ -73,13 +73,13 @@ NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
-mark_mutated = GraphLowering.mark_buffer_mutated
+mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
+_built: set[str] = set()
 
 # A forked process inherits Inductor's pool without its threads, and would wait for them for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=AsyncCompile.pool.cache_clear)
 
-Traced = Callable[..., list[Tensor]]
 Code = Callable[[list[Tensor]], Sequence[Tensor]]  # empties the list of arguments
 
 
@@ -113,7 +113,7 @@ class Program:
 class Programs:
     """What has been compiled for one function: a program for each kind of sizes that it met."""
 
-    function: Traced
+    function: Callable[..., list[Tensor]]
     count: int  # tensors that it steps
     large: bool  # whether they fill the cache
     layout: sharding.Layout | None  # of sharded ones: their sizes are fixed
@@ -258,6 +258,13 @@ def _read_again(lowering: Any, name: str) -> None:
     mark_mutated(lowering, name)
 
 
+def _built_before(isa: Any, code: str) -> bool:
+    """What builds for wide vectors builds for narrower ones, but Inductor tries them all: most of a first step."""
+    if code not in _built and dry_compile(isa, code):
+        _built.add(code)
+    return code in _built
+
+
 @contextmanager
 def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
     """Inductor with the replacements above and below, while it compiles a graph with inputs of these types."""
@@ -281,6 +288,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
+        patch.object(VecISA, "check_build", _built_before),
         patch.object(GraphLowering, "mark_buffer_mutated", _read_again),
         # A buffer that was written in place is read by another name: no error (pytorch#196570), Inductor only asks
         # whether the buffer could be kept for one loop, and it could not.

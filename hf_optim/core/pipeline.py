@@ -165,10 +165,7 @@ def _keep(spec: Spec, name: str, bufs: dict[str, Tensor], value: Tensor, salt: A
 
 def _store(buffer: Tensor, value: Tensor, stochastic: bool, salt: Any, offset: Any, channel: int) -> None:
     value, buffer = sharding.local(sharding.match(value, buffer)), sharding.local(buffer)
-    if stochastic:
-        precision.write_stochastic(buffer, value, precision.noise_bits(value, salt, offset, channel))
-    else:
-        precision.write_nearest(buffer, value)
+    precision.write(buffer, value, precision.noise_bits(value, salt, offset, channel) if stochastic else None)
 
 
 def absorb_tensor(spec: Spec, g: Tensor, bufs: dict[str, Tensor], h: View, salt: Any, offset: Any, count: int) -> None:

@@ -80,16 +80,13 @@ def read_weight(p: Tensor, residual: Tensor | None) -> Tensor:
     return widen(p) if residual is None else widen(p) + widen(residual)
 
 
-def write_nearest(buffer: Tensor, value: Tensor) -> None:
-    buffer.copy_(value)
+def write(buffer: Tensor, value: Tensor, noise: Tensor | None = None) -> None:
+    """Round to nearest; with `noise`, fp32 to bf16 up or down with probability equal to the distance: unbiased, so
+    small updates add up.
 
-
-def write_stochastic(buffer: Tensor, value: Tensor, noise: Tensor) -> None:
-    """Round fp32 to bf16 up or down with probability equal to the distance: unbiased, so small updates add up.
-
-    NaN and inf are kept, and a finite value is never rounded up to inf (it stays at the largest bf16).
+    NaN and inf are kept, and with noise a finite value is never rounded up to inf (it stays at the largest bf16).
     """
-    buffer.copy_(_rounded(value, noise)[0])
+    buffer.copy_(value if noise is None else _rounded(value, noise)[0])
 
 
 def read_codes(codes: Tensor, scale: Tensor) -> Tensor:

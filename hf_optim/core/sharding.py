@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class Slot(NamedTuple):
@@ -262,8 +263,6 @@ def flat_offset(p: Tensor) -> int:
             f"`precision='stochastic'` and a narrow `state_dtype` need parameters sharded along dimension 0, got "
             f"{p.placements}; use `precision='kahan'` and `state_dtype='float32'` instead"
         )
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return offset[0] * (p.numel() // max(p.shape[0], 1))
 
