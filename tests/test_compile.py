@@ -473,7 +473,8 @@ def step(optimizer, params, t, mode="default"):
 @pytest.mark.parametrize(
     "dtype, rounding", [(torch.float32, {}), (BF16, {"precision": "kahan", "state_dtype": "int8"})]
 )
-def test_steps_on_a_gpu_equal_those_of_the_loop_and_wait_for_nothing(name, dtype, rounding):
+def test_steps_on_a_gpu_equal_those_of_the_loop_and_wait_for_nothing(name, dtype, rounding, monkeypatch):
+    monkeypatch.setattr(execute, "CHUNK", 3)
     fresh()
     options = {**brisk(name), **rounding}
     one, params = build(name, MODEL, dtype, device="cuda", backend="loop", **options)
@@ -488,11 +489,12 @@ def test_steps_on_a_gpu_equal_those_of_the_loop_and_wait_for_nothing(name, dtype
 
 
 @pytest.mark.gpu
-def test_small_tensors_share_a_launch():
-    optimizer, params = build("adamw", [(16, 64)] * 32, device="cuda", backend="fused")
+@pytest.mark.parametrize("rule, most", [("adamw", 4), ("adafactor_corrected", 32)])  # in two calls of 16 tensors
+def test_small_tensors_share_a_launch(rule, most):
+    optimizer, params = build(rule, [(16, 64)] * 32, device="cuda", backend="fused")
     for t in (1, 2):
         step(optimizer, params, t)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(optimizer, params, 3)
     launches = sum(event.count for event in profile.key_averages() if event.key.startswith("triton_"))
-    assert 0 < launches <= 4  # two calls of 16 tensors; torch 2.11 puts 8 into a kernel
+    assert 0 < launches <= most  # torch 2.11 puts 8 tensors into a kernel

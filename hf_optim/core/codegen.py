@@ -26,6 +26,7 @@ from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
@@ -61,10 +62,8 @@ OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
-    # On a GPU several small tensors share a kernel: to launch one for each takes longer than to run it.
-    "combo_kernels": True,
-    "combo_kernels_pointwise_only": True,  # none can reduce axes of any length
-    "combo_kernel_max_num_args": 500,
+    "combo_kernel_max_num_args": 500,  # on a GPU several small tensors share a kernel
+    "deterministic": True,  # replicas must not differ by what a GPU finds fastest: a sum in other blocks is another
 }
 if hasattr(config, "combo_kernel_max_num_nodes"):  # torch 2.11 takes 8, and does not estimate the memory
     OPTIONS |= {"combo_kernel_max_num_nodes": 16, "combo_kernel_peak_memory_pct_threshold": None}
@@ -73,6 +72,7 @@ NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
+persistent = InductorChoices.should_use_persistent_reduction
 mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
 _built: set[str] = set()
 
@@ -171,6 +171,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     with (
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
+        config.patch(combo_kernels=count > 1),
         compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
         repaired(dtypes),
     ):
@@ -284,7 +285,12 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         loops = [len(x.group[1][0]) for x in (a, b)] if simple and NARROW & dtypes else [0]
         return priority(backend, a, b) - (sum(loops) if max(loops) > 1 else 0)
 
+    def of_known_length(features: Any, cooperative_reduction: bool) -> bool:
+        """Keep an axis in registers if its length is fixed: else kernels of several tensors cannot."""
+        return features.reduction_numel.is_number and persistent(features, cooperative_reduction)
+
     with (
+        patch.object(InductorChoices, "should_use_persistent_reduction", staticmethod(of_known_length)),
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,19 +124,12 @@ def signature(optimizer: Optimizer) -> list[Any]:
     return seen
 
 
-def with_gradient(optimizer: Optimizer) -> Iterator[tuple[int, int, Tensor]]:
-    """(index, position of the group, parameter) for every parameter that this step will move."""
-    index = 0
-    for position, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if p.grad is not None and p.numel():
-                yield index, position, p
-            index += 1
-
-
 def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call]:
     calls: dict[Any, Call] = {}
-    for index, position, p in with_gradient(optimizer):
+    everything = [(p, position) for position, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    for index, (p, position) in enumerate(everything):
+        if p.grad is None or not p.numel():
+            continue
         group, state = optimizer.param_groups[position], optimizer.state[p]
         spec = optimizer.spec(group, p, scalars[position])
         item = make_item(spec, p, state, index)
