@@ -279,9 +279,7 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose options (checked like the constructor's) override the defaults of the optimizer."""
         if not isinstance(param_group, dict):
-            raise TypeError(
-                f"{type(self).__name__}: a parameter group must be a dict, got {type(param_group).__name__}"
-            )
+            raise TypeError(f"{type(self).__name__}: param_group must be a dict, not {type(param_group).__name__}")
         if self._release is not None:
             raise ValueError(f"{type(self).__name__}: remove() the gradient release before adding parameters")
         internal = {"optimizer", "step", *self.shared}

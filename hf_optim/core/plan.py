@@ -124,12 +124,15 @@ def signature(optimizer: Optimizer) -> list[Any]:
     return seen
 
 
+def with_gradient(optimizer: Optimizer) -> list[tuple[int, int, Tensor]]:
+    """(index, position of the group, parameter) for every parameter that this step will move."""
+    every = [(position, p) for position, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    return [(i, position, p) for i, (position, p) in enumerate(every) if p.grad is not None and p.numel()]
+
+
 def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call]:
     calls: dict[Any, Call] = {}
-    everything = [(p, position) for position, group in enumerate(optimizer.param_groups) for p in group["params"]]
-    for index, (p, position) in enumerate(everything):
-        if p.grad is None or not p.numel():
-            continue
+    for index, position, p in with_gradient(optimizer):
         group, state = optimizer.param_groups[position], optimizer.state[p]
         spec = optimizer.spec(group, p, scalars[position])
         item = make_item(spec, p, state, index)
