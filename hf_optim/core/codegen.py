@@ -62,7 +62,7 @@ OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
-    "combo_kernel_max_num_args": 500,  # on a GPU several small tensors share a kernel
+    "combo_kernel_max_num_args": 500,
     "deterministic": True,  # replicas must not differ by what a GPU finds fastest: a sum in other blocks is another
 }
 if hasattr(config, "combo_kernel_max_num_nodes"):  # torch 2.11 takes 8, and does not estimate the memory
@@ -171,7 +171,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     with (
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
-        config.patch(combo_kernels=count > 1),
+        config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
         compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
         repaired(dtypes),
     ):
