@@ -322,7 +322,7 @@ class Optimizer(torch.optim.Optimizer):
         self._loss = sharding.mean_over_ranks(value.to(self._device()))
 
     def _device(self) -> torch.device:
-        return next(p.device for group in self.param_groups for p in group["params"])
+        return next(self.parameters()).device
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -374,7 +374,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         if self._release is not None:
             self._release.finish()
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        if all(p.grad is None for p in self.parameters()):
             self._loss = None
             return
         if not self.state and self._is_template_step():
@@ -394,7 +394,7 @@ class Optimizer(torch.optim.Optimizer):
         """torch.distributed.checkpoint makes state by a step with every lr 0 and every gradient zero."""
         if any(float(group["lr"]) for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
         return not any(bool(sharding.whole(g.detach().abs().sum())) for g in grads)
 
     def _warn_idle(self) -> None:
@@ -625,5 +625,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def parameters(self) -> Iterator[Tensor]:
         """All parameters, group by group."""
-        for group in self.param_groups:
-            yield from group["params"]
+        yield from (p for p, _ in self.placed())
+
+    def placed(self) -> list[tuple[Tensor, int]]:
+        """All parameters, each with the position of its group."""
+        return [(p, position) for position, group in enumerate(self.param_groups) for p in group["params"]]

@@ -36,9 +36,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[
         return captured
 
     def restore(_: Any) -> None:
-        of_each = [group for group in optimizer.param_groups for _ in group["params"]]
-        for (p, key), group in zip(pairs(optimizer, captured), of_each):
-            slots = optimizer.slots(p, View(group))
+        for (p, key), (_, position) in zip(pairs(optimizer, captured), optimizer.placed()):
+            slots = optimizer.slots(p, View(optimizer.param_groups[position]))
             for name, value in captured["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     value = value.detach().to(device=p.device, copy=True)

@@ -126,8 +126,7 @@ def signature(optimizer: Optimizer) -> list[Any]:
 
 def with_gradient(optimizer: Optimizer) -> list[tuple[int, int, Tensor]]:
     """(index, position of the group, parameter) for every parameter that this step will move."""
-    every = [(position, p) for position, group in enumerate(optimizer.param_groups) for p in group["params"]]
-    return [(i, position, p) for i, (position, p) in enumerate(every) if p.grad is not None and p.numel()]
+    return [(i, k, p) for i, (p, k) in enumerate(optimizer.placed()) if p.grad is not None and p.numel()]
 
 
 def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call]:

@@ -56,8 +56,7 @@ class Release:
         self.options: list[Any] = []  # that the kept calls were made for
         self.absorbing = self.skipping = self.checked = False
         self._refuse()
-        places = [(p, k) for k, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        self.parts = [Part(p, position, i) for i, (p, position) in enumerate(places) if p.requires_grad]
+        self.parts = [Part(p, position, i) for i, (p, position) in enumerate(optimizer.placed()) if p.requires_grad]
         self.numel = sum(part.p.numel() for part in self.parts)
         self.handles = [part.p.register_post_accumulate_grad_hook(self._hook(part)) for part in self.parts]
 
