@@ -7,12 +7,15 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -123,7 +126,7 @@ def estimate_memory(
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     release = found.cls.completed(options)["gradient_release"]
-    with sharding.imagined(world, rank) if layout == "fsdp2" else nullcontext() as mesh:
+    with _imagined(world, rank) if layout == "fsdp2" else nullcontext() as mesh:
         for _ in range(2 if layout == "fsdp2" else 1):  # DTensor rehearses what it has not done before
             optimizer, counts = _stand_ins(found.cls, model, options, run, mesh)
             if release:
@@ -152,7 +155,7 @@ def _stand_ins(
         group["params"] = []
         for (shape, stride, dtype), count in kinds.items():
             whole = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-            p = torch.nn.Parameter(whole if mesh is None else sharding.row_shard(whole, mesh))
+            p = torch.nn.Parameter(whole if mesh is None else _row_shard(whole, mesh))
             group["params"].append(p)
             counts[p] = count
     return cls(groups, **{**rest, "backend": "loop"}), counts
@@ -207,7 +210,7 @@ class _Live(TorchDispatchMode):
         self.products = False  # of matrices: calls into libraries, which no compiler fuses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, sharding.DTensor) for t in types):
+        if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # the operations on its shards come next
         out = func(*args, **(kwargs or {}))
         self.products |= func.overloadpacket in PRODUCTS
@@ -256,3 +259,21 @@ def _unit(model: torch.nn.Module, name: str) -> str:
     weight = getattr(inputs, "weight", None)
     alone = weight is not None and weight is not getattr(outputs, "weight", None)
     return name if alone and model.get_parameter(name) is weight else ""
+
+
+@contextmanager
+def _imagined(world: int, rank: int) -> Iterator[DeviceMesh]:
+    """A mesh of this rank and others that are not there: a step on the meta device needs no answers from them."""
+    if dist.is_initialized():  # it would take its place
+        raise RuntimeError("a process group is running; estimate memory under FSDP2 in a process without one")
+    dist.init_process_group("fake", rank=rank, world_size=world)
+    try:
+        # DTensor remembers by mesh what an operation does on this rank: another rank needs a mesh of its own
+        yield init_device_mesh("cpu", (world,), mesh_dim_names=(f"imagined_{rank}",))
+    finally:
+        dist.destroy_process_group()
+
+
+def _row_shard(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """This rank's rows of a tensor on the meta device, as FSDP2 deals them out."""
+    return distribute_tensor(x, mesh, [Shard(0) if x.ndim else Replicate()], src_data_rank=None)

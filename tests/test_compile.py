@@ -141,6 +141,22 @@ def test_more_kinds_of_shapes_than_are_compiled_go_through_the_loop(graphs, capl
     assert not graphs and far(theirs, params) < 2e-6
 
 
+def test_options_on_a_schedule_are_left_to_the_loop(graphs, caplog):
+    optimizer, params = build("muon", [(9, 10), (10, 9)], backend="fused")
+    reference, theirs = build("muon", [(9, 10), (10, 9)], backend="loop")
+    counts = []
+    for t in range(1, 21):
+        for o, ps in ((optimizer, params), (reference, theirs)):
+            o.param_groups[0]["momentum"] = 0.9 - min(t, 15) / 100
+            advance(o, ps, 1, first=t)
+        counts.append(len(graphs))
+    assert counts[0] < counts[1] < counts[8] == counts[14]
+    assert counts[14] < counts[15] == counts[-1]  # in step 16 it stayed what it was
+    assert far(params, theirs) < 2e-5
+    told = [r for r in caplog.messages if "options other than lr and weight_decay change from step to step" in r]
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("which", slow_but("adamw"))
 def test_two_groups_share_code_where_only_rates_differ(which, graphs):
     def run(**second):

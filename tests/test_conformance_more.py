@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import advance, fill_grads, loss_at, make_params
 from engine import BF16, SHAPES, apart, build, everything, flags_on, follows_lr, frozen, moments, reloaded, rich, twin
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import hf_optim
@@ -230,11 +231,75 @@ def test_a_bad_value_in_the_group_is_refused_before_anything_changes(name, key, 
     assert everything(optimizer) == before
 
 
+@pytest.mark.parametrize("backend", ["loop", "fused"])
+@pytest.mark.parametrize("which", ["adamw", "adafactor_corrected", "smmf"])
+def test_a_weight_cut_in_place_is_refused(which, backend):
+    optimizer, (p,) = build(which, [(8, 64)], backend=backend)
+    advance(optimizer, [p], 2)
+    p.data = p.data[:5]  # rows of a vocabulary, say: its storage is the same
+    before = frozen(p)
+    with pytest.raises(ValueError, match="no state fits"):
+        advance(optimizer, [p], 1, first=3)
+    assert frozen(p) == before
+
+
+@pytest.mark.parametrize("backend", ["loop", "fused"])
+def test_gradients_may_change_their_dtype(backend):
+    optimizer, (p,) = build("adamw", [(8, 64)], BF16, backend=backend)
+    reference, (q,) = build("adamw", [(8, 64)], BF16, backend="loop")
+    for dtype in (BF16, BF16, torch.float32, BF16):
+        g = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
+        for x, step in ((p, optimizer.step), (q, reference.step)):
+            x.grad = None
+            x.grad_dtype = dtype
+            x.grad = g.to(dtype)
+            step()
+    assert torch.allclose(p, q, atol=1e-2) and torch.allclose(optimizer.state[p]["v"], reference.state[q]["v"])
+
+
+@pytest.mark.parametrize("backend", ["loop", "fused"])
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("which", ["adamw", "adafactor_corrected", "muon"])
+def test_what_is_moved_away_leaves_memory_at_once(which, release, backend):
+    optimizer, params = build(which, [(64, 64), (8, 64), (64,)], backend=backend)
+    handle = optimizer.release_gradients() if release else None
+
+    def step():
+        sum(p.square().sum() for p in params).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def state():
+        return [(s, k, x) for s in optimizer.state.values() for k, x in s.items() if isinstance(x, torch.Tensor)]
+
+    step()
+    step()
+    versions = [p._version for p in params]
+    held = [StorageWeakRef(x.untyped_storage()) for x in [*(x for _, _, x in state()), *params]]
+    for s, key, x in state():
+        s[key] = x.clone()
+    for p in params:
+        p.data = p.data.clone()
+    del s, x, p
+    assert all(storage.expired() for storage in held)
+    assert [p._version for p in params] == versions
+    expected, theirs = build(which, [(64, 64), (8, 64), (64,)], backend=backend)
+    expected.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, theirs):
+        q.data = p.data.clone()
+    step()
+    sum(q.square().sum() for q in theirs).backward()
+    if handle:
+        expected.param_groups[0]["gradient_release"] = False
+    expected.step()
+    assert frozen(params) == frozen(theirs)
+
+
 def test_an_option_that_needs_state_cannot_join_later():
     optimizer, params = build("sm3")
     advance(optimizer, params, 2)
     optimizer.param_groups[0]["momentum"] = 0.9
-    with pytest.raises(ValueError, match="no state for options changed after the first step"):
+    with pytest.raises(ValueError, match="no state fits: an option, shape or dtype changed; make it anew"):
         advance(optimizer, params, 1, first=3)
 
 
@@ -752,3 +817,18 @@ def test_it_goes_down_a_bowl(name):
         optimizer.step(loss=loss if optimizer.needs_loss else None)
         schedule.step()
     assert p.detach().square().sum() / 2 < 0.1 * first
+
+
+@pytest.mark.parametrize("saved, now", [(BF16, torch.float32), (torch.float32, BF16)])
+def test_kahan_state_follows_the_dtype_of_the_weights(saved, now):
+    """PEFT loads bf16 adapters in fp32: their checkpoint has a residual too many."""
+    one, params = build("adamw", dtype=saved, precision="kahan")
+    advance(one, params, 2)
+    two, theirs = build("adamw", dtype=now, precision="kahan")
+    two.load_state_dict(reloaded(one.state_dict()))
+    for p, q in zip(params, theirs):
+        q.data.copy_(p)
+        assert frozen(two.state[q]["m"]) == frozen(one.state[p]["m"])
+        assert ("residual" in two.state[q]) == (now == BF16)
+    advance(two, theirs, 1, first=3)
+    assert {two.state[q]["step"] for q in theirs if q.numel()} == {3} and all(q.isfinite().all() for q in theirs)

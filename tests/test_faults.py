@@ -709,7 +709,7 @@ def state_cast_to_the_weight_on_load(patch):
 def loaded_tensors_aliased(patch):
     def load(optimizer, saved, torch_load):
         torch_load(saved)
-        for p, key in checkpoint.pairs(optimizer, saved):
+        for p, key, _ in checkpoint.saved(optimizer, saved):
             optimizer.state[p].update(saved["state"][key])
 
     loading(patch, load)
@@ -754,7 +754,7 @@ def hooks_of_loading_left_behind(patch):
 def dict_of_the_load_hook_ignored(patch):
     def load(optimizer, saved, torch_load):
         torch_load(saved)
-        for p, key in checkpoint.pairs(optimizer, saved):
+        for p, key, _ in checkpoint.saved(optimizer, saved):
             optimizer.state[p] = {k: v.clone() if hasattr(v, "clone") else v for k, v in saved["state"][key].items()}
 
     loading(patch, load)

@@ -170,6 +170,14 @@ def test_removing_the_hooks_goes_back_to_ordinary_steps(name):
     released.release_gradients().remove()  # and once more
 
 
+@pytest.mark.parametrize("backend", ["loop", "fused"])
+def test_a_weight_that_backward_still_needs_is_an_error(backend):
+    a, w, x = (torch.randn(8, 8, generator=torch.Generator().manual_seed(i), requires_grad=i < 2) for i in range(3))
+    hf_optim.create("stable_decay_sgd", [a, w], backend=backend).release_gradients()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ((x @ a @ w.detach()).tanh() @ w).square().mean().backward()
+
+
 def test_parameters_cannot_join_while_gradients_are_released(name):
     (_, _), (model, released) = pair(name)
     handle, late = released.release_gradients(), torch.nn.Linear(2, 2)

@@ -26,6 +26,7 @@ from .sharding import Slot
 logger = logging.getLogger(__name__)
 
 DYNAMIC = ("lr", "weight_decay")  # change from step to step without recompiling
+SETTINGS = 8  # changes of other options that are compiled before a step waits to see whether they stay
 ENGINE = ("backend", "precision", "state_dtype", "seed", "gradient_release")
 TAGS = ("params", "param_names", "initial_lr", "name")  # group keys of torch, its schedulers and Lightning
 
@@ -266,6 +267,7 @@ class Optimizer(torch.optim.Optimizer):
     _loss: Tensor | None = None
     keeps_loss: bool = False  # until the next report: DeepSpeed makes one step of each group
     _release: Release | None = None
+    _settings: frozenset[Any] = frozenset()  # (position of a group, its options) that code was compiled for
     _used: tuple[Any, ...] | list[Any] = ()  # (step sizes, items) of every call of the last step
 
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
@@ -394,8 +396,7 @@ class Optimizer(torch.optim.Optimizer):
         """torch.distributed.checkpoint makes state by a step with every lr 0 and every gradient zero."""
         if any(float(group["lr"]) for group in self.param_groups):
             return False
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        return not any(bool(sharding.whole(g.detach().abs().sum())) for g in grads)
+        return not any(sharding.whole(p.grad.detach().abs().sum()) for p in self.parameters() if p.grad is not None)
 
     def _warn_idle(self) -> None:
         """Before the first step, when all groups are known: settings that can do nothing."""
@@ -410,10 +411,9 @@ class Optimizer(torch.optim.Optimizer):
         """State for every parameter that trains, with or without a gradient: all ranks must save the same keys."""
         if not self.state:
             self._warn_idle()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (p.requires_grad or p.grad is not None) and not self.state.get(p):
-                    self.state[p] = self._new_state(p, group)
+        for p, position in self.placed():
+            if (p.requires_grad or p.grad is not None) and not self.state.get(p):
+                self.state[p] = self._new_state(p, self.param_groups[position])
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if group["precision"] != "nearest" and p.dtype != torch.bfloat16:
@@ -461,14 +461,15 @@ class Optimizer(torch.optim.Optimizer):
         flags = chosen(group, self.flags())
         known = (*self.own_options(), *self.flags(), *(name for flag in flags for name in flag.options))
         static = tuple((name, group[name]) for name in known)
-        names, state = tuple(self._seen(p, h)), self.state[p]
-        if not state.keys() >= {*names}:
-            raise ValueError(f"{type(self).__name__}: no state for options changed after the first step; make it anew")
-        narrow = tuple(n for n in names if state[n].dtype == torch.bfloat16)
-        coded = tuple(n for n in names if precision.scale_of(n) in state.keys() - {*names})
+        made, state, rounding = self._seen(p, h), self.state[p], self._rounding(p, h)
+        needed = made | ({KAHAN: sharding.like(p)} if rounding == "kahan" else {})
+        if any(name not in state or state[name].shape != slot.shape for name, slot in needed.items()):
+            raise ValueError(f"{type(self).__name__}: no state fits: an option, shape or dtype changed; make it anew")
+        narrow = tuple(n for n in made if state[n].dtype == torch.bfloat16)
+        coded = tuple(n for n in made if precision.scale_of(n) in state.keys() - made.keys())
         dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *self.all_sums(group))
         stages = tuple((flag, flag.acts_at(h)) for flag in flags)
-        return Spec(type(self), static, dynamic, stages, names, self._rounding(p, h), narrow, coded)
+        return Spec(type(self), static, dynamic, stages, tuple(made), rounding, narrow, coded)
 
     def all_sums(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the whole-model sums that the rule and the flags of a group ask for."""
@@ -492,8 +493,8 @@ class Optimizer(torch.optim.Optimizer):
         """Advance what belongs to the whole optimizer. Returns the 0-d tensors each group's tensors will see."""
         if self.needs_loss and self._loss is None:
             raise RuntimeError(
-                f"{type(self).__name__} needs the loss of this step and got none. Give it by "
-                "`optimizer.step(loss=loss)` or `optimizer.report_loss(loss)` before `step()`; in a Trainer use "
+                f"{type(self).__name__} needs the loss of this step and got none. Give it by `optimizer.step(loss="
+                "loss)` or (with gradient release, before `backward()`) `.report_loss(loss)`; in a Trainer use "
                 "`hf_optim.LossAwareTrainer` (or `class T(LossAwareMixin, YourTrainer)`); or start the unmodified "
                 "script with `hf-optim run SCRIPT ...`"
             )
@@ -529,11 +530,21 @@ class Optimizer(torch.optim.Optimizer):
     def _run_call(self, call: plan.Call, values: dict[str, Any], numel: int) -> list[Any]:
         """One call of a step of `numel` elements in all. Returns the step sizes of its items."""
         t = call.t + 1
-        backend = execute.resolve(call.group["backend"], numel)
-        sizes = execute.run(call, values, execute.salts(call, call.group["seed"], t), backend)
+        sizes = execute.run(call, values, execute.salts(call, call.group["seed"], t), self._backend(call, numel))
         for item in call.items:
             item.state["step"] = t
         return sizes
+
+    def _backend(self, call: plan.Call, numel: int) -> str:
+        """The loop while options change that code is compiled for: by then a schedule does it, in every step."""
+        backend, met, most = execute.resolve(call.group["backend"], numel), call.met, SETTINGS + len(self.param_groups)
+        call.met = True
+        if backend == "fused" and not met and len(self._settings) <= most:
+            self._settings |= {(call.position, call.spec.static)}
+            if len(self._settings) > most:
+                text = "%s: options other than %s change from step to step: not compiled while they do"
+                logger.warning(text, type(self).__name__, " and ".join(DYNAMIC))
+        return "loop" if len(self._settings) > most and not met else backend
 
     def _values(self, call: plan.Call, scalars: list[dict[str, Tensor]]) -> dict[str, Any]:
         group, device = call.group, call.items[0].weight.device
@@ -609,7 +620,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         here = self.param_groups[0]["gradient_release"]
         checkpoint.load(self, state_dict, super().load_state_dict)
-        self._plan = None
+        self._plan, self._used = None, ()
         for group in self.param_groups:
             group["gradient_release"] = here  # an affair of the run, whose hooks and clipping are what they are
         if self._release is not None:

@@ -9,10 +9,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import precision, sharding
-from .pipeline import View
+from .pipeline import KAHAN, View
+from .sharding import Slot
 
 
 if TYPE_CHECKING:
@@ -36,14 +38,18 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[
         return captured
 
     def restore(_: Any) -> None:
-        for (p, key), (_, position) in zip(pairs(optimizer, captured), optimizer.placed()):
-            slots = optimizer.slots(p, View(optimizer.param_groups[position]))
+        for p, key, slots in saved(optimizer, captured):
             for name, value in captured["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     value = value.detach().to(device=p.device, copy=True)
                     optimizer.state[p][name] = sharding.adopt(value, p, slots[name]) if name in slots else value
                 else:
                     optimizer.state[p][name] = copy.deepcopy(value)
+            own = optimizer.state.get(p)
+            if own and KAHAN in slots:
+                own.setdefault(KAHAN, sharding.zeros(p, slots[KAHAN], torch.bfloat16))
+            elif own:
+                own.pop(KAHAN, None)
 
     pre = optimizer.register_load_state_dict_pre_hook(capture)
     post = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
@@ -54,10 +60,11 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[
         post.remove()
 
 
-def pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
-    """Parameters with the keys of their saved state, in order."""
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    return list(zip(optimizer.parameters(), keys))
+def saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Any, dict[str, Slot]]]:
+    """Parameters, each with the key of its saved state and the buffers that it needs with the options saved."""
+    groups = [{**optimizer.defaults, **group} for group in state_dict["param_groups"]]  # an older one lacks some
+    keys = [(key, View(group)) for group in groups for key in group["params"]]
+    return [(p, key, optimizer.slots(p, h)) for p, (key, h) in zip(optimizer.parameters(), keys)]
 
 
 def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -67,18 +74,17 @@ def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
         return  # torch has an error of its own for this, and raises it before it writes
     for group in groups:
-        saved = group.get("optimizer")
-        if saved != own:
-            what = saved or f"another optimizer (its options are {', '.join(k for k in group if k != 'params')})"
+        name = group.get("optimizer")
+        if name != own:
+            what = name or f"another optimizer (its options are {', '.join(k for k in group if k != 'params')})"
             raise ValueError(f"{own} cannot load this checkpoint: it was saved by {what}; nothing was changed")
-    of_each = [{**optimizer.defaults, **group} for group in groups for _ in group["params"]]  # an older one lacks some
-    for (p, key), group in zip(pairs(optimizer, state_dict), of_each):
+    for p, key, slots in saved(optimizer, state_dict):
         state = state_dict["state"].get(key)
         kept = {k: x for k, x in (state or {}).items() if isinstance(x, Tensor) and k != "step"}
         plain = {precision.scale_of(k) for k, x in kept.items() if x.is_floating_point()}  # converted: no codes yet
-        slots = optimizer.slots(p, View(group))
+        plain |= {KAHAN} - (slots.keys() & kept.keys())  # weights in another dtype: without it, or it starts at 0
         needed = {name: tuple(slot.shape) for name, slot in slots.items() if name not in plain}
-        found = {k: tuple(x.shape) for k, x in kept.items()}
+        found = {k: tuple(x.shape) for k, x in kept.items() if k != KAHAN or k not in plain}
         if state and found != needed:
             raise ValueError(
                 f"{own} cannot load this checkpoint: parameter {key} of shape {tuple(p.shape)} needs state {needed}, "

@@ -115,10 +115,8 @@ def _met(chunks: list[Chunk], packed: Tensor, pairs: Tensor | None) -> Iterator[
 
 
 def _arguments(chunk: Chunk, packed: Tensor, pairs: Tensor | None) -> list[Tensor]:
-    args = [*chunk.fixed, *(item.gradient(local=True) for item in chunk.items), packed]
-    if pairs is not None:
-        args.append(pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))])
-    return args
+    noise = [] if pairs is None else [pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))]]
+    return [*chunk.fixed, *(item.gradient(local=True) for item in chunk.items), packed, *noise]
 
 
 def chunks(call: Call) -> list[Chunk]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,14 +76,9 @@ class Option:
             except (ValueError, re.error) as error:
                 raise ValueError(f"{problem} ({error})") from None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            inside = (
-                (isinstance(value, int) or math.isfinite(value))
-                and (self.ge is None or value >= self.ge)
-                and (self.gt is None or value > self.gt)
-                and (self.le is None or value <= self.le)
-                and (self.lt is None or value < self.lt)
-            )
-            if not inside:
+            bounds = [(self.ge, operator.ge), (self.gt, operator.gt), (self.le, operator.le), (self.lt, operator.lt)]
+            inside = all(bound is None or holds(value, bound) for bound, holds in bounds)
+            if not inside or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(problem)
         return value
 
@@ -138,9 +134,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(m) for m in match)}?" if match else ""
 
 
-def unknown(owner: str, key: str, known: Iterable[str]) -> TypeError:
+def unknown(owner: str, key: str, known: Collection[str]) -> TypeError:
     """The error for an option that `owner` does not have."""
-    known = list(known)
     return TypeError(f"{owner}: unknown option `{key}`{nearest(key, known)} Options: {', '.join(known)}.")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class Item:
     weight: Tensor
     bufs: dict[str, Tensor]
     pointer: int
-    kept: list[tuple[str, Tensor]]  # the buffers in the state that `bufs` alias
+    shape: torch.Size  # of the gradient, as `pointer` of this rank
+    kept: list[tuple[str, ref[Tensor]]]  # the buffers in the state that `bufs` alias
     sharded: bool
     kind: Kind
 
@@ -54,16 +56,17 @@ class Item:
         return g.view_as(self.weight) if self.flat else g  # `view` takes three times as long
 
     def current(self) -> bool:
-        """Whether storage, state and gradient layout are still those the aliases were made from."""
+        """Whether storage, state and kind of gradient are still those that aliases and code were made for."""
         g, p, state = self.p.grad, self.p, self.state
         if g is None or g.layout != torch.strided:
             return False
         for name, buffer in self.kept:  # offloading replaces them without telling
-            if state[name] is not buffer:
+            if state[name] is not buffer():
                 return False
         if self.sharded:
             g, p = sharding.local(g), sharding.local(p.detach())
-        return p.data_ptr() == self.pointer and (not self.kind.dense or g.is_contiguous())
+        same = p.data_ptr() == self.pointer and g.shape == self.shape and g.dtype == self.kind.dtypes[1]
+        return same and (not self.kind.dense or g.is_contiguous())
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Call:
     spec: Spec
     items: list[Item] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)  # as they are compiled; empty in the loop
+    met: bool = False  # it has run before
 
     @property
     def t(self) -> int:
@@ -94,7 +98,7 @@ class Call:
 def flatten(x: Tensor) -> Tensor:
     """An alias that code for any shape can serve: rows of `VECTOR` elements where that fits, else a vector."""
     n = x.numel()
-    return x.detach().view((n // VECTOR, VECTOR) if n % VECTOR == 0 else (n,))
+    return x.view((n // VECTOR, VECTOR) if n % VECTOR == 0 else (n,)).detach()  # a view would keep `x` alive
 
 
 class Plan:
@@ -115,13 +119,9 @@ class Plan:
 
 def signature(optimizer: Optimizer) -> list[Any]:
     """The static options of every group, and its parameters (by identity): which train, which have a gradient now."""
-    seen: list[Any] = []
-    static = optimizer.static_options()
-    for group in optimizer.param_groups:
-        params = group["params"]
-        seen.append([v for k, v in group.items() if k in static])
-        seen += [list(map(id, params)), [p.requires_grad for p in params], [p.grad is None for p in params]]
-    return seen
+    static, groups = optimizer.static_options(), optimizer.param_groups
+    options = [[v for k, v in group.items() if k in static] for group in groups]
+    return options + [[(id(p), p.requires_grad, p.grad is None) for p in group["params"]] for group in groups]
 
 
 def with_gradient(optimizer: Optimizer) -> list[tuple[int, int, Tensor]]:
@@ -140,23 +140,33 @@ def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call
     return list(calls.values())
 
 
+def _watched(buffer: Tensor, *aliases: Tensor) -> ref[Tensor]:
+    """A reference to a state buffer. When that is moved away (to offload it, say), these let go of memory at once."""
+
+    def let_go(_: Any) -> None:
+        for alias in aliases:
+            alias.data = alias.new_empty(0)  # by `set_`, the weight would count as changed
+
+    return ref(buffer, let_go)
+
+
 def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if p.grad is None or p.grad.layout != torch.strided:
         layout = None if p.grad is None else p.grad.layout
         raise RuntimeError(f"{spec.rule.__name__} needs dense gradients, got {layout}; use `sparse=False`")
-    weight, g, bufs = p.detach(), p.grad, {name: state[name] for name in spec.stored}
-    kept = list(bufs.items())
+    weight, g, bufs = p.detach(), p.grad, {name: state[name].detach() for name in spec.stored}
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
-    pointer = sharding.local(weight).data_ptr()
+    pointer, shape = sharding.local(weight).data_ptr(), sharding.local(g).shape
     dense = weight.numel() > 0 and all(sharding.local(x).is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
         weight, g, bufs = flatten(weight), flatten(g), {name: flatten(b) for name, b in bufs.items()}
+    kept = [(n, _watched(state[n], sharding.local(weight), sharding.local(b))) for n, b in bufs.items()]
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
     tensors = [weight, g, *bufs.values()]
     sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
     layouts, dtypes = tuple(map(sharding.layout, tensors)), tuple(x.dtype for x in tensors)
     kind = Kind(sizes, layouts, dtypes, weight.device, dense, not spec.elementwise and weight.numel() >= LARGE)
-    return Item(p, state, index, offset, flat, weight, bufs, pointer, kept, sharding.is_sharded(p), kind)
+    return Item(p, state, index, offset, flat, weight, bufs, pointer, shape, kept, sharding.is_sharded(p), kind)

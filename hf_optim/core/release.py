@@ -100,6 +100,7 @@ class Release:
             if key not in self.values:
                 self.values[key] = self.optimizer._values(call, scalars)
             self.used.append((self.optimizer._run_call(call, self.values[key], self.numel), call.items))
+            torch.autograd.graph.increment_version(part.p)  # where backward still needs it as it was: an error, then
 
     def _absorb(self, part: Part) -> None:
         part.absorbed += 1
@@ -252,10 +253,7 @@ def able() -> list[str]:
     """Names of the classes that can, with their default options."""
     from .base import Optimizer
 
-    pending, found = [Optimizer], set[str]()
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
-        if not cannot_absorb(cls, {}):
-            found.add(cls.__name__)
-    return sorted(found)
+    classes: list[type[Optimizer]] = [Optimizer]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    return sorted({cls.__name__ for cls in classes if not cannot_absorb(cls, {})})

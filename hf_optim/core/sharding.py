@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -312,21 +312,3 @@ def side_by_side(*vectors: Tensor) -> tuple[list[Tensor], slice]:
         dist.all_gather(parts, torch.nn.functional.pad(x, (0, room - n)))
         joined.append(torch.cat(parts))
     return joined, slice(rank() * room, rank() * room + n)
-
-
-@contextmanager
-def imagined(world: int, rank: int) -> Iterator[DeviceMesh]:
-    """A mesh of this rank and others that are not there: a step on the meta device needs no answers from them."""
-    if dist.is_initialized():  # it would take its place
-        raise RuntimeError("a process group is running; estimate memory under FSDP2 in a process without one")
-    dist.init_process_group("fake", rank=rank, world_size=world)
-    try:
-        # DTensor remembers by mesh what an operation does on this rank: another rank needs a mesh of its own
-        yield init_device_mesh("cpu", (world,), mesh_dim_names=(f"imagined_{rank}",))
-    finally:
-        dist.destroy_process_group()
-
-
-def row_shard(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's rows of a tensor on the meta device, as FSDP2 deals them out."""
-    return distribute_tensor(x, mesh, [Shard(0) if x.ndim else Replicate()], src_data_rank=None)
