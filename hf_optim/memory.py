@@ -39,7 +39,9 @@ class MemoryEstimate:
 
     Args:
         weights (`int`): parameters, in the dtype they are kept in, and buffers of the model.
-        gradients (`int`): all of them, or with `gradient_release` those that exist at the same time.
+        gradients (`int`):
+            All of them, or with `gradient_release` those that exist at the same time: of a tied weight three, as
+            autograd adds the gradients of its two uses up in a third.
         buckets (`int`): DDP's copies of the gradients, which it sends.
         state (`int`): of the optimizer.
         temporaries (`int`): the most that the step itself holds at a time.
@@ -74,6 +76,8 @@ class _Run:
             raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.mixed_precision not in MIXED:
             raise ValueError(f"`mixed_precision` must be one of {', '.join(MIXED)}, got {self.mixed_precision!r}")
+        if self.world < 1:
+            raise ValueError(f"`world` must be at least 1, got {self.world}")
         if not 0 <= self.rank < self.world:
             raise ValueError(f"`rank` must be in [0, {self.world}), got {self.rank}")
         if self.layout == "single" and self.world != 1:
@@ -126,6 +130,8 @@ def estimate_memory(
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     release = found.cls.completed(options)["gradient_release"]
+    if release and mixed_precision == "fp16":
+        raise ValueError("gradient release cannot go with fp16, whose loss scaler looks at all gradients: use bf16")
     with _imagined(world, rank) if layout == "fsdp2" else nullcontext() as mesh:
         for _ in range(2 if layout == "fsdp2" else 1):  # DTensor rehearses what it has not done before
             optimizer, counts = _stand_ins(found.cls, model, options, run, mesh)
@@ -241,9 +247,12 @@ def _storages(tree: Any) -> Iterator[Any]:
 def _released(model: torch.nn.Module, run: _Run) -> int:
     """Gradients that exist at a time: one; under FSDP2 those of a unit, which arrive in one buffer."""
     sizes: Counter[str] = Counter()
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            sizes[_unit(model, name) if run.layout == "fsdp2" else name] += run.held(p)
+        if p.requires_grad and run.layout == "fsdp2":
+            sizes[_unit(model, name)] += run.held(p)
+        elif p.requires_grad:
+            sizes[name] += run.held(p) * (3 if uses[id(p)] > 1 else 1)
     return max(sizes.values())
 
 

@@ -246,8 +246,8 @@ def create(name: str, params: Any, **options: Any) -> Optimizer:
     Args:
         name (`str`): one of [`list_optimizers`].
         params (`torch.nn.Module` or `Iterable`):
-            A model, whose parameters are grouped where the optimizer wants to know the kind of their module; or
-            parameters or groups, as for any `torch.optim.Optimizer`.
+            A model, whose parameters are grouped where the optimizer wants to know the kind of their module, without
+            those that are frozen now; or parameters or groups, as for any `torch.optim.Optimizer`.
         options: see [`info`]`(name).options`.
     """
     found = info(name)
@@ -278,7 +278,7 @@ def param_groups(
     """
     h = View(cls.completed(cls.checked(options)))
     rules: tuple[Any, ...] = (cls, *chosen(vars(h), cls.flags()))
-    outputs = {id(p) for p in output_layer(model).parameters(recurse=False)}
+    outputs = {id(p) for p in output_layer(model).parameters()}
     groups: dict[Any, dict[str, Any]] = {}
     places: dict[int, Place] = {}
     for module_name, module in model.named_modules():
@@ -307,7 +307,8 @@ def _refuse_unmatched(cls: type[Optimizer], values: Mapping[str, Any], places: l
 
 
 def output_layer(model: torch.nn.Module) -> torch.nn.Module:
-    """What a transformers model names as its output embeddings; else the last module that holds a trainable matrix."""
+    """What a transformers model names as its output embeddings (peft may wrap them); else the last module that holds a
+    trainable matrix."""
     named = getattr(model, "get_output_embeddings", lambda: None)()
     if named is not None:
         return named

@@ -20,6 +20,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from typer.testing import CliRunner
 
@@ -173,6 +177,24 @@ def test_released_gradients():
     assert (released.state, released.temporaries) == (full.state, full.temporaries)
     with pytest.raises(ValueError, match="needs all gradients at once"):
         hf_optim.estimate_memory(net, "am_sgd", gradient_release=True)
+
+
+def test_a_tied_weight_has_three_gradients_for_a_moment():
+    config = LlamaConfig(
+        vocab_size=20000, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    net = LlamaForCausalLM(config)
+    expected = hf_optim.estimate_memory(net, "sm3", backend="fused", gradient_release=True)
+    optimizer = hf_optim.create("sm3", net, backend="fused")
+    optimizer.release_gradients()
+
+    def run():
+        net(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+        optimizer.step()
+
+    run()
+    assert peak(run) == pytest.approx(expected.gradients + expected.temporaries, rel=0.15)
 
 
 # ---- many devices ------------------------------------------------------------------------------------------------
@@ -332,6 +354,24 @@ def test_a_blueprint_is_the_model(folder):
         assert next(blueprint.from_config(str(folder / kind), "bf16").parameters()).dtype == BF16
 
 
+def test_a_blueprint_is_the_model_as_it_is_loaded(tmp_path):
+    small = {"d_model": 16, "vocab_size": 61, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    t5 = T5Config(**small, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 24))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 10}
+    whisper = WhisperConfig(**small, **layers, **heads, max_target_positions=10, bos_token_id=0)
+    for cls, config, dtype in (
+        (T5ForConditionalGeneration, t5, torch.float16),  # parts of it stay in fp32
+        (WhisperForConditionalGeneration, whisper, torch.float32),  # its positions are made without a gradient
+    ):
+        config.dtype = dtype
+        cls(config).to(dtype).save_pretrained(tmp_path / cls.__name__)
+        real = cls.from_pretrained(tmp_path / cls.__name__, dtype=dtype)
+        made = blueprint.from_config(str(tmp_path / cls.__name__))
+        facts = [{n: (p.dtype, p.requires_grad) for n, p in net.named_parameters()} for net in (made, real)]
+        assert facts[0] == facts[1]
+
+
 def test_an_8b_model_in_24_gb(folder):
     words = ("memory", str(folder / "8b"), "--release", "--budget", "24GB")
     facts = json.loads(printed(*words, "--json"))
@@ -356,6 +396,11 @@ def test_a_config_without_its_architecture(tmp_path):
 
 def test_lora_trains_the_adapters(folder):
     pytest.importorskip("peft")
+    for saved in ("lm_head", "[lm_head]"):
+        net = blueprint.with_lora(blueprint.from_config(str(folder / "llama")), f"r=4,modules_to_save={saved}")
+        assert {n.split(".")[3] for n, p in net.named_parameters() if p.requires_grad and "lora" not in n} == {
+            "modules_to_save"
+        }
     net = blueprint.with_lora(blueprint.from_config(str(folder / "llama"), "bf16"), "r=4,target_modules=[q_proj]")
     trained = [p for p in net.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == 2 * 4 * (16 + 16)
@@ -383,7 +428,9 @@ def test_lora_trains_the_adapters(folder):
         (("gpt2", "--dtype", "fp8"), "`dtype` must be one of bf16, fp32, got 'fp8'"),
         (("gpt2", "--mixed-precision", "fp8"), "must be one of no, bf16, fp16, got 'fp8'"),
         (("gpt2", "--world", "2"), "`world=2` needs `layout='ddp'` or `layout='fsdp2'`"),
+        (("gpt2", "--fsdp2", "--world", "0"), "`world` must be at least 1, got 0"),
         (("gpt2", "--ddp", "--fsdp2"), "not both"),
+        (("gpt2", "--mixed-precision", "fp16", "--release"), "gradient release cannot go with fp16"),
         (("gpt2", "--ddp", "--world", "2", "--release"), "the first says: adamw cannot be used under ddp"),
         (("gpt2", "--release", "--optim-args", "gradient_release=false"), "--release, or `gradient_release` in"),
         (("nothing",), "Give a config.json"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import registry
@@ -68,3 +69,43 @@ def test_model_shares_are_grouped_once():
     by_size = {g.get("eta"): g for g in groups}
     assert set(by_size) == {(2 / 4) ** 0.5, 1.0, 0.25} and rest == {"lr": 0.1}
     assert "weight_decay" not in by_size[(2 / 4) ** 0.5] and by_size[0.25]["weight_decay"] == 0.0
+
+
+def shares(name, model, key):
+    """The names of the parameters of a model by what an option is for them."""
+    names, found = {id(p): n for n, p in model.named_parameters()}, {}
+    for group in hf_optim.create(name, model).param_groups:
+        found.setdefault(group[key], set()).update(names[id(p)] for p in group["params"])
+    return found
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+RAW = {  # parts of the names of what is no matrix that maps one hidden state to another, though it has two axes
+    "gpt_oss": ({"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 8, "vocab_size": 32}, ("_bias",)),
+    "vit": ({}, ("cls_token", "position_embeddings")),
+    "mamba": ({"vocab_size": 32}, ("A_log",)),
+    "swin": ({"embed_dim": 16, "depths": [1], "num_heads": [2]}, ("relative_position_bias_table",)),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_muon_gets_matrices_that_map_hidden_states(kind):
+    options, raw = RAW[kind]
+    config = AutoConfig.for_model(kind, **({} if kind == "swin" else SMALL), **options)
+    with torch.device("meta"):
+        found = shares("muon", AutoModel.from_config(config), "rule")
+    for part in raw:
+        assert any(part in name for name in found["adamw"]) and not any(part in name for name in found["muon"])
+    assert any(name.endswith((".weight", "gate_up_proj")) for name in found["muon"])
+
+
+def test_the_output_layer_is_known_where_peft_wraps_it():
+    peft = pytest.importorskip("peft")
+    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2, vocab_size=32)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    head = "base_model.model.lm_head.modules_to_save.default.weight"
+    assert head in shares("muon", model, "rule")["adamw"]
+    groups, _ = registry.param_groups(hf_optim.AdamW, model, {"agc": True})
+    clipped = {id(p) for group in groups if group.get("agc", True) for p in group["params"]}
+    assert id(model.get_parameter(head)) not in clipped and clipped

@@ -293,6 +293,14 @@ def test_an_unharmed_checkpoint_is_taken_without_a_word(finished, output, caplog
     assert {path.name for path in (output / "checkpoint-6").iterdir()} == set(FILES)
 
 
+def test_files_of_others_are_not_looked_at(finished, output, caplog):
+    (output / "checkpoint-6" / "ema").mkdir()
+    for name in ("vocab.bin", "metrics.pt", "faiss.index.json", "ema/ema.pt", "ema/model.safetensors"):
+        (output / "checkpoint-6" / name).write_bytes(b"[1]")
+    go_on(output, finished[1])
+    assert not [r for r in caplog.records if r.name.startswith("hf_optim")]
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file(finished, output, caplog, damage, file):

@@ -15,11 +15,10 @@ class Muon(AdamW):
         G = momentum B + (1 - momentum) g                      nesterov; else B
         p <- p - lr weight_decay p - lr s orthogonalize(G)     all singular values near 1
 
-    s is 0.2 sqrt(max(rows, columns)) with `match_rms`: entries move by about 0.2 lr and AdamW's lr serves both; it is
-    sqrt(max(1, rows / columns)) with `original`: lr near 0.02, `adamw_lr` for the rest. Built from a model (Trainer
-    does), embeddings, output layer, vectors, LoRA's factors and all that `optim_target_modules` misses go to AdamW;
-    built from plain parameters no matrix does. Stacked experts are matrices one by one, convolutions (out, rest), a
-    fused query-key-value one. https://huggingface.co/papers/2502.16982, https://kellerjordan.github.io/posts/muon
+    s is 0.2 sqrt(max(rows, columns)) with `match_rms`, for which AdamW's lr serves both; with `original` it is
+    sqrt(max(1, rows / columns)), lr near 0.02, `adamw_lr` for the rest. Built from a model (Trainer does), embeddings,
+    output layer, tables, LoRA's factors and what `optim_target_modules` misses go to AdamW as vectors do. Stacked
+    experts are matrices one by one. https://huggingface.co/papers/2502.16982, https://kellerjordan.github.io/posts/muon
     """
 
     beta2: float = hp(0.95, "decay of the average squared gradient (AdamW)", ge=0, lt=1)
@@ -50,7 +49,8 @@ class Muon(AdamW):
 
     @staticmethod
     def options_for(at, h):
-        other = isinstance(at.module, (torch.nn.Embedding, torch.nn.Conv1d)) or "lora_" in at.name
+        leaf, other = at.name.rpartition(".")[2], isinstance(at.module, (torch.nn.Embedding, torch.nn.Conv1d))
+        other |= "lora_" in at.name or any(word in leaf for word in ("bias", "embed", "token", "A_log", "original0"))
         if at.p.ndim < 2 or at.is_output or other or at.is_target is False:
             return {"rule": "adamw"} | ({} if h.adamw_lr is None else {"lr": h.adamw_lr})
         return {"rule": "muon"}

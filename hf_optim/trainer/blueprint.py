@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def from_config(source: str, dtype: str | None = None) -> PreTrainedModel:
     loaded = DTYPES[dtype] if dtype else getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            return _built(config, loaded)
+            return _as_loaded(_built(config, loaded), loaded)
     except Exception as error:  # a config can be wrong in any way that its modelling code can stumble over
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{source}: the model cannot be built from its config: {reason}") from error
@@ -56,6 +57,18 @@ def _built(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         return cls._from_config(config, dtype=dtype)
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     return auto.from_config(config, dtype=dtype)
+
+
+def _as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """What `from_pretrained` does beyond that: weights that are to stay in fp32 do, and every weight trains."""
+    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())] if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, p in model.named_parameters():
+        if any(re.search(key.replace("*", ".*"), name) for key in kept):
+            p.data = p.data.float()
+        p.requires_grad_(p.is_floating_point())
+    return model
 
 
 def with_lora(model: PreTrainedModel, text: str) -> torch.nn.Module:
@@ -87,6 +100,6 @@ def with_lora(model: PreTrainedModel, text: str) -> torch.nn.Module:
 def _value(name: str, value: Any) -> Any:
     if name == "r":
         return int(value)
-    if isinstance(value, str) and value.startswith("["):
-        return [word.strip() for word in value.strip("[]").split(",")]
+    if isinstance(value, str) and (value.startswith("[") or name == "modules_to_save"):
+        return [word.strip() for word in value.strip("[]").split(",")]  # `target_modules` may be a pattern
     return value

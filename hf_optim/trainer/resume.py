@@ -38,7 +38,8 @@ NEEDED = {  # file, as Trainer names it on one process: patterns of the names it
 }
 UNDER_DEEPSPEED = {STATE: (STATE,), "latest": ("latest",), "rng_state.pth": ("rng_state*.pth",)}
 SHARDED = ("optimizer_", "pytorch_model_fsdp_")  # folders of torch.distributed.checkpoint
-READ = ("config.json", STATE, "*.index.json", "*.safetensors", "*.pt", "*.pth", "*.bin")  # files that resuming reads
+ALSO_READ = ("config.json", "*model*.index.json", "scaler.pt", "global_step*/*.pt")
+FORMATS = (".json", ".safetensors", ".pt", ".pth", ".bin")
 
 
 def complete_checkpoint(trainer: Trainer, wanted: str | os.PathLike[str] | bool | None) -> str | bool | None:
@@ -122,8 +123,9 @@ def problems(trainer: Trainer, folder: Path) -> Iterator[str]:
     for part in sorted(folder.iterdir()):
         if part.is_dir() and part.name.startswith(SHARDED):
             yield from failure(part, check_sharded)
-    for path in sorted(path for pattern in READ for path in folder.rglob(pattern)):
-        if path.name != "training_args.bin" and path.is_file():  # which no one reads
+    read = (*ALSO_READ, *(pattern for patterns in needed.values() for pattern in patterns))
+    for path in sorted({path for pattern in read for path in folder.glob(pattern)}):  # others may be of any kind
+        if path.suffix in FORMATS and path.is_file():
             yield from failure(path, check_file)
 
 
