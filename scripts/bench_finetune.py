@@ -30,9 +30,8 @@ from typing import Annotated, NamedTuple
 import torch
 import transformers
 import typer
-from compare_optimizers import environment, now, state_bytes
-from finetune_clm import DATA, new_tokenizer
 from matplotlib.figure import Figure
+from measure import environment, now, state_bytes
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -182,10 +181,9 @@ def new_optimizer(model: torch.nn.Module, arm: Arm, clock: Stopwatch) -> torch.o
 
 
 def new_batches(job: Job, count: int) -> torch.Tensor:
-    """`count` batches of token ids from the training text, which starts over where it ends."""
-    text = (DATA / "train.txt").read_text(encoding="utf-8")
-    tokenizer = new_tokenizer(text.splitlines(keepends=True))
-    ids = torch.tensor(tokenizer(text)["input_ids"]) % job.config.vocab_size
+    """`count` batches of token ids, the bytes of a text which starts over where it ends."""
+    text = Path(__file__).parent / "data" / "shakespeare" / "train.txt"
+    ids = torch.tensor(list(text.read_bytes())) % job.config.vocab_size
     place = torch.arange(count * job.batch_size * job.seq_length) % len(ids)
     return ids[place].view(count, job.batch_size, job.seq_length).to(job.device)
 

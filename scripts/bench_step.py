@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from compare_optimizers import environment
+from measure import environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -78,9 +78,12 @@ class Bench:
             p.grad = self._normal(p.shape, draw, 1e-3).to(kind)
         self.numel = sum(p.numel() for p in self.params)
         self.reference = torch.optim.AdamW(self.params, lr=1e-6, weight_decay=0.01, fused=True)
-        self.memory = torch.zeros(2, 1 << 26, device=self.device)  # 256 MiB each: no cache holds them
+        # no cache holds 256 MiB; on a GPU what is copied takes a millisecond, next to which its start is nothing
+        self.memory = torch.zeros(2, 1 << (29 if self.device.type == "cuda" else 26), device=self.device)
         self.reference.step()
-        torch.compile(lambda x: x + 1)(torch.ones(4))  # the compiler's own start is not the optimizer's
+        torch.compile(lambda x: x + 1)(
+            torch.ones(4, device=self.device)
+        )  # the compiler's own start is not the optimizer's
 
     def _normal(self, size: Any, draw: torch.Generator, scale: float) -> torch.Tensor:
         return torch.randn(size, generator=draw, device=self.device) * scale
@@ -149,7 +152,8 @@ def measure(bench: Bench, name: str, options: str, rounds: int) -> dict[str, flo
     """The figures of one optimizer in this process."""
     optimizer = build(name, bench.params, options)
     needs_loss = getattr(optimizer, "needs_loss", False)
-    step = (lambda: optimizer.step(loss=1.0)) if needs_loss else optimizer.step
+    loss = torch.ones((), device=bench.device)
+    step = (lambda: optimizer.step(loss=loss)) if needs_loss else optimizer.step
     before, programs = cpu_seconds(), Programs.built
     step()
     first, programs = cpu_seconds() - before, Programs.built - programs
@@ -175,6 +179,14 @@ def measure(bench: Bench, name: str, options: str, rounds: int) -> dict[str, flo
     }
 
 
+def measured(bench: Bench, name: str, options: str, rounds: int) -> dict[str, float] | None:
+    """The figures of one optimizer; None if the device has not the memory for it."""
+    try:
+        return measure(bench, name, options, rounds)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def in_a_process(names: list[str], shapes: str, dtype: str, device: str, options: str, rounds: int, threads: int):
     """The figures of every name, measured in a fresh process with an empty compiler cache."""
     call = [sys.executable, __file__, *names, "--shapes", shapes, "--dtype", dtype, "--device", device]
@@ -195,6 +207,8 @@ def as_table(record: dict[str, Any]) -> Table:
         table.add_column(head, justify="left" if head == "optimizer" else "right")
     for name, row in record["optimizers"].items():
         table.add_row(name, *(f"{row[key]:.3g}" for key in FIGURES))
+    for name in record["out_of_memory"]:
+        table.add_row(name, "out of memory")
     return table
 
 
@@ -233,19 +247,25 @@ def main(
     names = list(names or hf_optim.list_optimizers())
     if shapes not in SHAPES:
         raise typer.BadParameter(f"--shapes must be one of {', '.join(SHAPES)}, got {shapes!r}")
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(
+            f"--device must be cpu or cuda (one of several: CUDA_VISIBLE_DEVICES), got {device!r}"
+        )
     if not processes:
         torch.set_num_threads(threads)
         bench = Bench(shapes, dtype, device)
-        print(json.dumps({name: measure(bench, name, options, rounds) for name in names}))
+        print(json.dumps({name: measured(bench, name, options, rounds) for name in names}))
         return
     found = [
         in_a_process(names, shapes, dtype, device, options, rounds, threads)
         for _ in track(range(processes), description=f"{len(names)} optimizers on {shapes}")
     ]
-    rows = {n: {key: statistics.median(one[n][key] for one in found) for key in FIGURES} for n in names}
+    fit = [name for name in names if all(one[name] for one in found)]
+    rows = {n: {key: statistics.median(one[n][key] for one in found) for key in FIGURES} for n in fit}
     what = torch.cuda.get_device_name() if device == "cuda" else environment()["machine"]
     record = {"date": str(date.today()), "device": what, "torch": torch.__version__, "shapes": shapes, "dtype": dtype}
     record |= {"options": options, "threads": threads, "processes": processes, "rounds": rounds, "optimizers": rows}
+    record["out_of_memory"] = [name for name in names if name not in fit]
     Console().print(as_table(record))
     output_dir.mkdir(parents=True, exist_ok=True)
     stem = f"step_{shapes}_{dtype}_{device}" + (f"_{options.replace('=', '-').replace(',', '_')}" if options else "")

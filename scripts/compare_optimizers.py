@@ -8,22 +8,19 @@ Fine-tunes the same model on the same data with four optimizers and shows what e
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import time
 import warnings
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
-import torch
 import transformers
 import yaml
 from finetune_classification import DATA, DataTrainingArguments, ModelArguments, build_trainer
 from matplotlib.figure import Figure
+from measure import environment, machine, now, state_bytes
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -89,28 +86,6 @@ class Recorder(ProgressCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.step_seconds.append(now() - self.started)
-
-
-def now() -> float:
-    """Seconds on a clock, after the accelerator (if any) has finished what it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer state. Tensors that share memory count once."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def machine(device: torch.device | None = None) -> str:
-    """What `device` (default: the accelerator, if there is one) is."""
-    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device.type != "cpu":
-        return torch.get_device_module(device).get_device_name()
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def run(config: dict) -> dict:
@@ -191,15 +166,6 @@ def loss_curves(results: list[dict]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def environment(device: torch.device | None = None) -> dict:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def compare(output_dir: Path, console: Console) -> list[dict]:

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import transformers
 import typer
-from compare_optimizers import STYLES, environment, state_bytes
+from compare_optimizers import STYLES
 from finetune_clm import DataTrainingArguments, ModelArguments, build_trainer
 from matplotlib.figure import Figure
+from measure import environment, state_bytes
 from rich import box
 from rich.console import Console
 from rich.progress import track

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from compare_optimizers import environment
+from measure import environment
 from rich.progress import track
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -16,8 +16,8 @@ from typing import Annotated
 from xml.etree import ElementTree
 
 import typer
-from compare_optimizers import environment
 from make_table import TESTS, tests
+from measure import environment
 from rich.console import Console
 from rich.markdown import Markdown
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from compare_optimizers import SHARED, environment
+from compare_optimizers import SHARED
 from finetune_classification import DataTrainingArguments, ModelArguments, build_trainer
+from measure import environment
 from rich.progress import track
 from transformers import HfArgumentParser, TrainingArguments, get_linear_schedule_with_warmup, set_seed
 

@@ -27,14 +27,9 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def finetune(script, monkeypatch, tmp_path):
-    """The script, with the first lines of the text."""
+def finetune(script):
     script("hf_optim").register()
-    module = script("bench_finetune")
-    text = (module.DATA / "train.txt").read_text().splitlines(keepends=True)[:1000]
-    (tmp_path / "train.txt").write_text("".join(text))
-    monkeypatch.setattr(module, "DATA", tmp_path)
-    return module
+    return script("bench_finetune")
 
 
 def shell(name, *arguments):
@@ -319,3 +314,42 @@ def test_precision_from_the_shell(tmp_path):
     assert record["steps"] == 10 and record["seeds"] == 1 and "date" in record
     assert (tmp_path / "precision.png").read_bytes().startswith(b"\x89PNG")
     assert "precision=kahan" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- bench_step
+
+
+def test_what_does_not_fit_leaves_the_others_their_figures(script, monkeypatch, tmp_path, capsys):
+    bench = script("bench_step")
+    real = bench.measure
+
+    def measure(b, name, *rest):
+        if name == "muon":
+            raise torch.OutOfMemoryError
+        return real(b, name, *rest)
+
+    monkeypatch.setitem(bench.SHAPES, "gpt2", lambda: [(4, 4)] * 2)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench.Bench, "bandwidth", lambda b: 1e9)
+    with monkeypatch.context() as inside:
+        inside.setattr(torch, "set_num_threads", lambda n: None)
+        bench.main(["adalo", "muon"], "gpt2", "float32", "cpu", "backend=loop", 1, 1, 0, tmp_path)
+    found = json.loads(capsys.readouterr().out)
+    assert found["muon"] is None and found["adalo"]["state_bytes"] == 4
+    monkeypatch.setattr(bench, "in_a_process", lambda *_: found)
+    bench.main(["adalo", "muon"], "gpt2", "float32", "cpu", "", 1, 1, 1, tmp_path)
+    record = json.loads((tmp_path / "step_gpt2_float32_cpu.json").read_text())
+    assert list(record["optimizers"]) == ["adalo"] and record["out_of_memory"] == ["muon"]
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_one_gpu_of_several_is_chosen_by_the_environment(script):
+    bench = script("bench_step")
+    with pytest.raises(bench.typer.BadParameter, match="CUDA_VISIBLE_DEVICES"):
+        bench.main(["adalo"], device="cuda:1")
+
+
+@pytest.mark.parametrize("name", ["bench_step", "bench_finetune"])
+def test_benchmarks_need_no_datasets(name):
+    code = f"import sys; sys.modules['datasets'] = sys.modules['evaluate'] = None; import {name}"
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)

@@ -157,6 +157,23 @@ def test_options_on_a_schedule_are_left_to_the_loop(graphs, caplog):
     assert len(told) == 1
 
 
+def test_defaults_of_torch_play_no_part(graphs):
+    optimizer, params = build("adamw", MODEL, backend="fused", precision="stochastic", state_dtype="bfloat16")
+    reference, theirs = build("adamw", MODEL, backend="fused", precision="stochastic", state_dtype="bfloat16")
+    advance(reference, theirs, 2)
+    fresh()
+    for t in (1, 2):
+        fill_grads(params, seed=t)
+        try:
+            torch.set_default_dtype(BF16)
+            torch.set_default_device("meta")
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert not execute._broken and frozen(params) == frozen(theirs)
+
+
 @pytest.mark.parametrize("which", slow_but("adamw"))
 def test_two_groups_share_code_where_only_rates_differ(which, graphs):
     def run(**second):
@@ -502,6 +519,15 @@ def test_steps_on_a_gpu_equal_those_of_the_loop_and_wait_for_nothing(name, dtype
     # a step of bf16, where a few entries may fall to the other side and Muon multiplies; the weights moved by 1.5e-2
     bound = 2e-6 if dtype == torch.float32 and name != "muon" else 4e-3
     assert not execute._broken and far(theirs, params) < bound
+
+
+@pytest.mark.gpu
+def test_squares_too_small_for_a_gpu_do_no_harm(name):
+    optimizer, (p,) = build(name, [(8, 64)], device="cuda", backend="fused")
+    for _ in range(2):
+        p.grad = torch.full_like(p, 1e-20)
+        optimizer.step(loss=torch.ones((), device="cuda"))
+    assert not execute._broken and p.isfinite().all()
 
 
 @pytest.mark.gpu

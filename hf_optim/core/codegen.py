@@ -57,8 +57,7 @@ LAYOUTS = 32  # shapes of sharded tensors that one step may be compiled for: DTe
 OPTIONS: dict[str, Any] = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
-    # What is used twice is computed twice: it takes less time than storing it, and no memory. Not without a bound:
-    # Inductor's own time doubles with every use of a use.
+    # What is used twice is computed twice, faster than stored. Bounded: Inductor's time doubles with a use of a use.
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,
     "realize_acc_reads_threshold": 12,
@@ -213,9 +212,11 @@ def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
     return decomposed
 
 
-def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Any:
-    """torch chooses between two formulas by the weight, which here is unknown: for every entry, in every step."""
-    return NotImplemented if weight.ndim else start + weight * (end - start)
+def _lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
+    """torch chooses between two formulas by the weight: where that is a tensor for every entry, in every step."""
+    if isinstance(weight, float) and abs(weight) >= 0.5:
+        return end - (1 - weight) * (end - start)
+    return NotImplemented if getattr(weight, "ndim", 0) else start + weight * (end - start)
 
 
 def _sign(x: Tensor) -> Any:
@@ -306,7 +307,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
 
 
 aten = torch.ops.aten
-ALWAYS: dict[Any, Callable[..., Any]] = {aten.lerp.Tensor: _lerp, aten.sign.default: _sign}
+ALWAYS: dict[Any, Callable[..., Any]] = {aten.lerp.Tensor: _lerp, aten.lerp.Scalar: _lerp, aten.sign.default: _sign}
 BLOCKED: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: _in_blocks(torch.sum),
     aten.amax.default: _in_blocks(torch.amax),

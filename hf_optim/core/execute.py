@@ -94,7 +94,7 @@ def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> l
     """The compiled chunks. Scalars travel in one fp32 tensor, so no value ever recompiles."""
     spec, device = call.spec, call.items[0].weight.device
     packed = pack([values[name] for name in spec.dynamic], torch.float32, device)
-    pairs = pack([x for pair in noise for x in pair], torch.int32, device) if spec.noisy else None
+    pairs = pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device) if spec.noisy else None
     used: list[Any] = []
     for chunk, args in _met(call.chunks, packed, pairs):
         out = chunk.program.code(args)
@@ -115,7 +115,7 @@ def _met(chunks: list[Chunk], packed: Tensor, pairs: Tensor | None) -> Iterator[
 
 
 def _arguments(chunk: Chunk, packed: Tensor, pairs: Tensor | None) -> list[Tensor]:
-    noise = [] if pairs is None else [pairs[2 * chunk.start : 2 * (chunk.start + len(chunk.items))]]
+    noise = [] if pairs is None else [pairs[4 * chunk.start : 4 * (chunk.start + len(chunk.items))]]
     return [*chunk.fixed, *(item.gradient(local=True) for item in chunk.items), packed, *noise]
 
 
@@ -137,9 +137,8 @@ def chunks(call: Call) -> list[Chunk]:
 def _chunk(spec: Spec, items: list[Item], start: int) -> Chunk:
     fixed = [sharding.local(x) for item in items for x in (item.weight, *item.bufs.values())]
     example = [*fixed, *(item.gradient(local=True) for item in items)]
-    example.append(torch.zeros(len(spec.dynamic), device=example[0].device))
-    if spec.noisy:
-        example.append(torch.zeros(2 * len(items), dtype=torch.int32, device=example[0].device))
+    kinds = [(len(spec.dynamic), torch.float32), *([(4 * len(items), torch.int32)] if spec.noisy else [])]
+    example += [torch.zeros(n, dtype=dtype, device=fixed[0].device) for n, dtype in kinds]
     return Chunk(items, start, fixed, programs(spec, items[0].kind, len(items)).serving(example))
 
 
@@ -157,9 +156,9 @@ def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
         grads = [placed(next(rest), of_gradient) for _ in range(count)]
         scalars = [sharding.beside(x, own[0][0]) for x in next(rest).unbind()]
         h = spec.hyper(dict(zip(spec.dynamic, scalars)))
-        pairs = next(rest).unbind() if spec.noisy else (0, 0) * count
+        pairs = next(rest).unbind() if spec.noisy else (0, 0, 0, 0) * count  # 16 bytes each: Inductor aligns inputs
         used = [
-            step_tensor(spec, weight, g, bufs, h, pairs[2 * i], pairs[2 * i + 1])
+            step_tensor(spec, weight, g, bufs, h, pairs[4 * i], pairs[4 * i + 1])
             for i, ((weight, bufs), g) in enumerate(zip(own, grads))
         ]
         return [torch.stack([sharding.whole(size) for size in used])] if spec.rule.returns_lr else []
@@ -174,9 +173,8 @@ def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
 
 def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host numbers and 0-d tensors in one vector on `device`, without waiting for it."""
-    host = torch.tensor([0 if isinstance(x, Tensor) else x for x in numbers], dtype=dtype)
-    on_gpu = device.type == "cuda"
-    host = (host.pin_memory() if on_gpu else host).to(device, non_blocking=on_gpu)
+    on_gpu, known = device.type == "cuda", [0 if isinstance(x, Tensor) else x for x in numbers]
+    host = torch.tensor(known, dtype=dtype, device="cpu", pin_memory=on_gpu).to(device, non_blocking=on_gpu)
     for i, x in enumerate(numbers):
         if isinstance(x, Tensor):
             host[i].copy_(x, non_blocking=True)

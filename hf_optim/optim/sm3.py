@@ -45,7 +45,7 @@ class SM3(Optimizer):
         nu = h.beta * nu + (1 - h.beta) * g.square() if h.beta else nu + g.square()
         for a in axes:
             setattr(s, f"A{a}", amax(nu, a) if g.ndim > 1 else nu)
-        u = torch.where(nu == 0, 0.0, g * nu.rsqrt())
+        u = torch.where(nu == 0, 0.0, g / nu.sqrt())  # a GPU takes the `rsqrt` of a subnormal for that of 0
         if h.momentum:
             s.m = s.m.lerp(u, 1 - h.momentum)
             u = s.m
