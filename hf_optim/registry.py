@@ -8,11 +8,12 @@ import fnmatch
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import transforms  # noqa: F401  registers the flags
 from .core import Optimizer, Option, Place
@@ -278,7 +279,7 @@ def param_groups(
     """
     h = View(cls.completed(cls.checked(options)))
     rules: tuple[Any, ...] = (cls, *chosen(vars(h), cls.flags()))
-    outputs = {id(p) for p in output_layer(model).parameters()}
+    outputs = {id(p) for p in _outputs(model)}
     groups: dict[Any, dict[str, Any]] = {}
     places: dict[int, Place] = {}
     for module_name, module in model.named_modules():
@@ -306,11 +307,11 @@ def _refuse_unmatched(cls: type[Optimizer], values: Mapping[str, Any], places: l
                 raise ValueError(f"{cls.__name__}: `{name}`: no trainable parameter is named {pattern.pattern!r}")
 
 
-def output_layer(model: torch.nn.Module) -> torch.nn.Module:
-    """What a transformers model names as its output embeddings (peft may wrap them); else the last module that holds a
-    trainable matrix."""
+def _outputs(model: torch.nn.Module) -> Iterable[Tensor]:
+    """Parameters of what a transformers model names as its output embeddings (peft may wrap them); else of the last
+    module that holds a trainable matrix."""
     named = getattr(model, "get_output_embeddings", lambda: None)()
     if named is not None:
-        return named
+        return named.parameters()
     holders = [m for m in model.modules() if any(p.ndim > 1 and p.requires_grad for p in m.parameters(recurse=False))]
-    return holders[-1] if holders else model
+    return (holders[-1] if holders else model).parameters(recurse=False)

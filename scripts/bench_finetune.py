@@ -40,6 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 import hf_optim
 
 
+TEXT = Path(__file__).parent / "data" / "shakespeare" / "train.txt"
 RESULTS = Path(__file__).resolve().parent / "results"
 LEARNING_RATE = 1e-5
 BASELINE = "adamw_torch_fused"
@@ -182,8 +183,7 @@ def new_optimizer(model: torch.nn.Module, arm: Arm, clock: Stopwatch) -> torch.o
 
 def new_batches(job: Job, count: int) -> torch.Tensor:
     """`count` batches of token ids, the bytes of a text which starts over where it ends."""
-    text = Path(__file__).parent / "data" / "shakespeare" / "train.txt"
-    ids = torch.tensor(list(text.read_bytes())) % job.config.vocab_size
+    ids = torch.tensor(list(TEXT.read_bytes())) % job.config.vocab_size
     place = torch.arange(count * job.batch_size * job.seq_length) % len(ids)
     return ids[place].view(count, job.batch_size, job.seq_length).to(job.device)
 

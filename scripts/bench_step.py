@@ -207,8 +207,6 @@ def as_table(record: dict[str, Any]) -> Table:
         table.add_column(head, justify="left" if head == "optimizer" else "right")
     for name, row in record["optimizers"].items():
         table.add_row(name, *(f"{row[key]:.3g}" for key in FIGURES))
-    for name in record["out_of_memory"]:
-        table.add_row(name, "out of memory")
     return table
 
 
@@ -267,6 +265,8 @@ def main(
     record |= {"options": options, "threads": threads, "processes": processes, "rounds": rounds, "optimizers": rows}
     record["out_of_memory"] = [name for name in names if name not in fit]
     Console().print(as_table(record))
+    if record["out_of_memory"]:
+        Console().print("out of memory:", ", ".join(record["out_of_memory"]))
     output_dir.mkdir(parents=True, exist_ok=True)
     stem = f"step_{shapes}_{dtype}_{device}" + (f"_{options.replace('=', '-').replace(',', '_')}" if options else "")
     (output_dir / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")

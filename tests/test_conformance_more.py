@@ -258,6 +258,21 @@ def test_gradients_may_change_their_dtype(backend):
 
 
 @pytest.mark.parametrize("backend", ["loop", "fused"])
+@pytest.mark.parametrize("which", ["adamw", "adafactor_corrected", "muon"])
+def test_state_may_get_new_data(which, backend):
+    (one, params), (two, theirs) = (build(which, [(64, 64), (64,)], backend=backend) for _ in range(2))
+    for optimizer, own in ((one, params), (two, theirs)):
+        advance(optimizer, own, 2)
+    for state in one.state.values():
+        for x in state.values():
+            if isinstance(x, torch.Tensor):
+                x.data = x.data.clone()
+    for optimizer, own in ((one, params), (two, theirs)):
+        advance(optimizer, own, 2, first=3)
+    assert everything(one) == everything(two)
+
+
+@pytest.mark.parametrize("backend", ["loop", "fused"])
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("which", ["adamw", "adafactor_corrected", "muon"])
 def test_what_is_moved_away_leaves_memory_at_once(which, release, backend):

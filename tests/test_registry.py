@@ -99,6 +99,13 @@ def test_muon_gets_matrices_that_map_hidden_states(kind):
     assert any(name.endswith((".weight", "gate_up_proj")) for name in found["muon"])
 
 
+def test_vectors_alone_have_no_output_layer():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    for layer in net:
+        layer.weight.requires_grad_(False)
+    assert [group["agc"] for group in hf_optim.create("adamw", net, agc=True).param_groups] == [True]
+
+
 def test_the_output_layer_is_known_where_peft_wraps_it():
     peft = pytest.importorskip("peft")
     config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2, vocab_size=32)

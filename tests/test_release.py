@@ -178,6 +178,16 @@ def test_a_weight_that_backward_still_needs_is_an_error(backend):
         ((x @ a @ w.detach()).tanh() @ w).square().mean().backward()
 
 
+def test_no_hook_looks_at_all_parameters(monkeypatch):
+    model, optimizer = pair("adamw")[0]
+    optimizer.release_gradients()
+    train(model, optimizer, 2)
+    seen, real = [], type(optimizer).placed
+    monkeypatch.setattr(type(optimizer), "placed", lambda o: seen.append(1) or real(o))
+    train(model, optimizer, 1, first=3)
+    assert len(seen) <= 1
+
+
 def test_parameters_cannot_join_while_gradients_are_released(name):
     (_, _), (model, released) = pair(name)
     handle, late = released.release_gradients(), torch.nn.Linear(2, 2)

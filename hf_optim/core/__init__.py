@@ -17,7 +17,6 @@ from .maths import (
     summed,
     two_largest,
     unit_norm,
-    unit_rms,
     with_signs,
 )
 from .options import Option, by_pattern, hp, parse_options

@@ -26,7 +26,6 @@ from .sharding import Slot
 logger = logging.getLogger(__name__)
 
 DYNAMIC = ("lr", "weight_decay")  # change from step to step without recompiling
-SETTINGS = 8  # changes of other options that are compiled before a step waits to see whether they stay
 ENGINE = ("backend", "precision", "state_dtype", "seed", "gradient_release")
 TAGS = ("params", "param_names", "initial_lr", "name")  # group keys of torch, its schedulers and Lightning
 
@@ -267,7 +266,7 @@ class Optimizer(torch.optim.Optimizer):
     _loss: Tensor | None = None
     keeps_loss: bool = False  # until the next report: DeepSpeed makes one step of each group
     _release: Release | None = None
-    _settings: frozenset[Any] = frozenset()  # (position of a group, its options) that code was compiled for
+    _since: Mapping[int, Any] = {}  # position of a group -> its options and the step that they came with
     _used: tuple[Any, ...] | list[Any] = ()  # (step sizes, items) of every call of the last step
 
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
@@ -536,15 +535,17 @@ class Optimizer(torch.optim.Optimizer):
         return sizes
 
     def _backend(self, call: plan.Call, numel: int) -> str:
-        """The loop while options change that code is compiled for: by then a schedule does it, in every step."""
-        backend, met, most = execute.resolve(call.group["backend"], numel), call.met, SETTINGS + len(self.param_groups)
-        call.met = True
-        if backend == "fused" and not met and len(self._settings) <= most:
-            self._settings |= {(call.position, call.spec.static)}
-            if len(self._settings) > most:
-                text = "%s: options other than %s change from step to step: not compiled while they do"
-                logger.warning(text, type(self).__name__, " and ".join(DYNAMIC))
-        return "loop" if len(self._settings) > most and not met else backend
+        """The loop until options that code is compiled for stay for a step: they may be on a schedule."""
+        backend, static, now = execute.resolve(call.group["backend"], numel), call.spec.static, call.group["step"]
+        if call.chunks or not execute.fusable(call.spec, call.items[0].weight, backend):
+            return backend
+        last, since = self._since.get(call.position, (static, now - 1))
+        since = since if last == static else now
+        self._since = {**self._since, call.position: (static, since)}
+        if since < now:
+            return backend
+        execute.tell_once("%s: steps are not compiled for options that change in every one", type(self).__name__)
+        return "loop"
 
     def _values(self, call: plan.Call, scalars: list[dict[str, Tensor]]) -> dict[str, Any]:
         group, device = call.group, call.items[0].weight.device
@@ -625,6 +626,7 @@ class Optimizer(torch.optim.Optimizer):
             group["gradient_release"] = here  # an affair of the run, whose hooks and clipping are what they are
         if self._release is not None:
             self._release.forget()
+            self._release.options = []  # what it keeps from step to step holds the old state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -636,7 +638,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def parameters(self) -> Iterator[Tensor]:
         """All parameters, group by group."""
-        yield from (p for p, _ in self.placed())
+        for group in self.param_groups:
+            yield from group["params"]
 
     def placed(self) -> list[tuple[Tensor, int]]:
         """All parameters, each with the position of its group."""

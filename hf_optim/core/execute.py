@@ -163,7 +163,9 @@ def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
         ]
         return [torch.stack([sharding.whole(size) for size in used])] if spec.rule.returns_lr else []
 
-    _announce(spec.rule.__name__)
+    tell_once(
+        "compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", spec.rule.__name__
+    )
     if place:
         _sharded[spec] += 1
         if _sharded[spec] > codegen.LAYOUTS:
@@ -182,9 +184,9 @@ def pack(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 @cache
-def _announce(name: str) -> None:
-    """Once per optimizer: the pause of the first step should not look like a hang."""
-    logger.warning("compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", name)
+def tell_once(text: str, name: str) -> None:
+    """Once per optimizer: the pause of the first step, say, should not look like a hang."""
+    logger.warning(text, name)
 
 
 def resolve(backend: str, numel: int) -> str:

@@ -31,16 +31,7 @@ def at_most(x: Tensor, size: Tensor, limit: Tensor) -> Tensor:
 
 def unit_norm(x: Tensor) -> Tensor:
     """Norm of each slice along the first axis, shaped to be combined with `x`; of a vector or scalar as a whole."""
-    return x.square().sum(_unit_axes(x), keepdim=True).sqrt()
-
-
-def unit_rms(x: Tensor) -> Tensor:
-    """Root mean square of each slice along the first axis; see [`unit_norm`]."""
-    return averaged(x.square(), _unit_axes(x), keepdim=True).sqrt()
-
-
-def _unit_axes(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(1 if x.ndim > 1 else 0, x.ndim))
+    return x.square().sum(tuple(range(x.ndim > 1, x.ndim)), keepdim=True).sqrt()
 
 
 def agrees(a: Tensor, b: Tensor) -> Tensor:

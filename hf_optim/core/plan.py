@@ -45,7 +45,7 @@ class Item:
     bufs: dict[str, Tensor]
     pointer: int
     shape: torch.Size  # of the gradient, as `pointer` of this rank
-    kept: list[tuple[str, ref[Tensor]]]  # the buffers in the state that `bufs` alias
+    kept: list[tuple[str, ref[Tensor], int]]  # the buffers in the state that `bufs` alias, and their addresses
     sharded: bool
     kind: Kind
 
@@ -60,8 +60,8 @@ class Item:
         g, p, state = self.p.grad, self.p, self.state
         if g is None or g.layout != torch.strided:
             return False
-        for name, buffer in self.kept:  # offloading replaces them without telling
-            if state[name] is not buffer():
+        for name, buffer, pointer in self.kept:  # offloading replaces them without telling
+            if state[name] is not buffer() or sharding.local(state[name]).data_ptr() != pointer:
                 return False
         if self.sharded:
             g, p = sharding.local(g), sharding.local(p.detach())
@@ -88,7 +88,6 @@ class Call:
     spec: Spec
     items: list[Item] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)  # as they are compiled; empty in the loop
-    met: bool = False  # it has run before
 
     @property
     def t(self) -> int:
@@ -163,7 +162,8 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
         weight, g, bufs = flatten(weight), flatten(g), {name: flatten(b) for name, b in bufs.items()}
-    kept = [(n, _watched(state[n], sharding.local(weight), sharding.local(b))) for n, b in bufs.items()]
+    aliases = {name: (sharding.local(weight), sharding.local(b)) for name, b in bufs.items()}
+    kept = [(n, _watched(state[n], *own), own[1].data_ptr()) for n, own in aliases.items()]
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
     tensors = [weight, g, *bufs.values()]
     sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)

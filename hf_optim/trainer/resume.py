@@ -38,7 +38,7 @@ NEEDED = {  # file, as Trainer names it on one process: patterns of the names it
 }
 UNDER_DEEPSPEED = {STATE: (STATE,), "latest": ("latest",), "rng_state.pth": ("rng_state*.pth",)}
 SHARDED = ("optimizer_", "pytorch_model_fsdp_")  # folders of torch.distributed.checkpoint
-ALSO_READ = ("config.json", "*model*.index.json", "scaler.pt", "global_step*/*.pt")
+ALSO_READ = ("config.json", "*model*.index.json", "scaler.pt", "scheduler.pt", "global_step*/*.pt")
 FORMATS = (".json", ".safetensors", ".pt", ".pth", ".bin")
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clipping at the scale of the weights."""
 
-from ..core import Flag, at_most, hp, unit_rms
+from ..core import Flag, at_most, averaged, hp
 
 
 class SoftClip(Flag):
@@ -25,3 +25,8 @@ class SoftClip(Flag):
     @staticmethod
     def apply(g, c):
         return at_most(g, unit_rms(g), c.h.soft_clip_scale * unit_rms(c.p).clamp(min=c.h.soft_clip_floor))
+
+
+def unit_rms(x):
+    """Root mean square of each slice along the first axis, shaped to be combined with `x`; of a vector as a whole."""
+    return averaged(x.square(), range(x.ndim > 1, x.ndim), keepdim=True).sqrt()
