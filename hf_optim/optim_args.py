@@ -5,18 +5,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
-def split_optim_args(text: str | None) -> dict[str, Any]:
+def split_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """Split the value of `--optim_args` into names and (still unparsed) values.
 
     Accepts transformers' `k=v,k=v`, with commas allowed inside quotes and brackets and a trailing comma ignored, or a
-    JSON object.
+    JSON object; and a mapping, as YAML files and Python have it.
 
     Raises:
         `ValueError`: if the text has neither form, or gives a name twice.
     """
+    if isinstance(text, Mapping):
+        return dict(text)
     text = (text or "").strip()
     if text.startswith("{"):
         try:

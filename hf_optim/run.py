@@ -37,7 +37,7 @@ def prepare() -> None:
     Accelerator.backward = delivering(Accelerator.backward)
     Accelerator.clip_grad_norm_ = unclipped(Accelerator.clip_grad_norm_)
     create, report = Trainer.create_accelerator_and_postprocess, Trainer.log
-    start, save = Trainer.train, Trainer._save_checkpoint
+    start, save, loop = Trainer.train, Trainer._save_checkpoint, Trainer._inner_training_loop
 
     @functools.wraps(create)
     def create_accelerator_and_postprocess(self: Any) -> None:
@@ -55,6 +55,11 @@ def prepare() -> None:
             resume_from_checkpoint = complete_checkpoint(self, resume_from_checkpoint)
         return start(self, resume_from_checkpoint, *args, **kwargs)
 
+    @functools.wraps(loop)
+    def _inner_training_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.accelerator._loss_of_window = 0.0  # an earlier run may have ended in the middle of one
+        return loop(self, *args, **kwargs)
+
     @functools.wraps(save)
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         withdraw_checkpoint(self)
@@ -62,21 +67,22 @@ def prepare() -> None:
 
     Trainer.train, Trainer._save_checkpoint = train, _save_checkpoint  # type: ignore[method-assign]
     Trainer.create_accelerator_and_postprocess = create_accelerator_and_postprocess  # type: ignore[method-assign]
+    Trainer._inner_training_loop = _inner_training_loop  # type: ignore[method-assign]
     Trainer.log = log  # type: ignore[method-assign]
 
 
-def check_name(argv: list[str]) -> None:
-    """Say which name was meant, before argparse prints every option of the script.
-
-    Raises:
-        `ValueError`: if `--optim` names no optimizer.
-    """
+def which_name(argv: list[str]) -> str:
+    """What is wrong with the value of `--optim`, for a script that has refused its arguments; empty if nothing is."""
     from transformers.training_args import OptimizerNames
 
     for i, word in enumerate(argv):
         key, equals, value = word.partition("=")
         if key == "--optim" and (equals or i + 1 < len(argv)):
-            OptimizerNames(value if equals else argv[i + 1])
+            try:
+                OptimizerNames(value if equals else argv[i + 1])
+            except ValueError as error:
+                return str(error)
+    return ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,17 +98,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         prepare()
-        check_name(argv)
     except ValueError as error:
         print(f"hf-optim run: {error}", file=sys.stderr)
         return 2
     sys.argv = argv[1:] if as_module else argv
-    if as_module:
-        sys.path[0] = os.getcwd()
-        runpy.run_module(target[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(target[0]))
-        runpy.run_path(target[0], run_name="__main__")
+    try:
+        if as_module:
+            sys.path[0] = os.getcwd()
+            runpy.run_module(target[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(target[0]))
+            runpy.run_path(target[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code == 2 and which_name(argv):  # argparse has printed every option of the script
+            print(f"hf-optim run: {which_name(argv)}", file=sys.stderr)
+        raise
     return 0
 
 

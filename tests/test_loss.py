@@ -14,7 +14,7 @@ from transformers import Trainer
 
 import hf_optim
 from hf_optim.core import sharding
-from hf_optim.trainer.loss import deliver_loss, innermost
+from hf_optim.trainer.loss import _warn_replaced, deliver_loss, innermost
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -202,3 +202,53 @@ def test_too_many_in_a_row_end_the_run():
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         made.train()
     assert made.state.global_step == 3 and all(p.isfinite().all() for p in tiny.weights(made))
+
+
+def test_a_window_that_was_cut_short_is_forgotten(monkeypatch):
+    class Interrupted(hf_optim.LossAwareTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    seen, report = [], hf_optim.AdaLo.report_loss
+    monkeypatch.setattr(hf_optim.AdaLo, "report_loss", lambda o, loss: seen.append(float(loss)) or report(o, loss))
+    tiny.trainer(optim="adalo", gradient_accumulation_steps=2, max_steps=2).train()
+    wanted = seen[:]
+    run = tiny.trainer(Interrupted, optim="adalo", gradient_accumulation_steps=2, max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert seen == wanted
+    run.train()
+    assert seen[2:] == pytest.approx(wanted, rel=1e-6) and len(seen) == 4
+
+
+def test_skips_are_counted_from_the_start_of_a_run():
+    class Run(Poisoned):
+        bad_steps = range(100)
+
+    run = tiny.trainer(Run, optim="adamw", max_steps=3, extra={"max_skipped_steps": 2})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="^2 steps in a row .* the last at step 2"):
+            run.train()
+    Run.bad_steps = ()
+    run.train()
+    assert run.skipped_steps == 0
+
+
+def test_several_backward_passes_for_a_step_are_told_of(caplog):
+    class Twice(hf_optim.LossAwareTrainer):
+        def training_step(self, *args, **kwargs):
+            super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)
+
+    _warn_replaced.cache_clear()
+    tiny.trainer(Twice, optim="adalo", max_steps=2).train()
+    assert sum("before it stepped with the last one" in message for message in caplog.messages) == 1
+    caplog.clear()
+    _warn_replaced.cache_clear()
+    tiny.trainer(optim="adalo", gradient_accumulation_steps=2, max_steps=2).train()
+    assert not any("before it stepped" in message for message in caplog.messages)

@@ -21,6 +21,7 @@ from conftest import LAYOUTS, slow_but
 from engine import frozen, rich
 from packaging.version import Version
 from ranks import as_launched, launch, shard_on_cpu
+from safetensors.torch import load_file
 from test_sharding import make_model, sharded_model, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -299,6 +300,19 @@ def test_files_of_others_are_not_looked_at(finished, output, caplog):
         (output / "checkpoint-6" / name).write_bytes(b"[1]")
     go_on(output, finished[1])
     assert not [r for r in caplog.records if r.name.startswith("hf_optim")]
+
+
+def test_a_trainer_may_keep_its_weights_elsewhere(finished, output):
+    class Own(hf_optim.LossAwareTrainer):
+        def _load_from_checkpoint(self, folder, model=None):
+            self.model.load_state_dict(load_file(Path(folder) / "body" / "weights.safetensors"), strict=False)
+
+    folder = output / "checkpoint-6"
+    (folder / "body").mkdir()
+    (folder / "model.safetensors").rename(folder / "body" / "weights.safetensors")
+    run = make("adalo", output, cls=Own)
+    run.train(resume_from_checkpoint=str(folder))
+    same(result(run), finished[1])
 
 
 @pytest.mark.parametrize("file", FILES)

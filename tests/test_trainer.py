@@ -328,3 +328,21 @@ def test_broken_plugin_is_left_out_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [Broken()])
     assert "adalo" in registry.list_optimizers()
     assert "'broken'" in caplog.text and "nowhere" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"optim": "muon"}, {"optim": "adamw", "optim_args": "agc=true"}])
+def test_a_subclass_says_what_decays(options):
+    class Mine(hf_optim.LossAwareTrainer):
+        def get_decay_parameter_names(self, model):
+            return ["transformer.h.0.mlp.c_fc.weight"]
+
+    run = tiny.trainer(Mine, weight_decay=0.1, **options)
+    decayed = [p for g in run.create_optimizer().param_groups if g["weight_decay"] for p in g["params"]]
+    assert [id(p) for p in decayed] == [id(run.model.get_parameter("transformer.h.0.mlp.c_fc.weight"))]
+
+
+def test_optim_args_may_be_a_mapping():
+    args = tiny.arguments(optim="adamw", max_steps=1)
+    args.optim_args = {"beta1": 0.8, "cautious": "true"}
+    group = hf_optim.LossAwareTrainer(tiny.model(), args, train_dataset=tiny.data()).create_optimizer().param_groups[0]
+    assert (group["beta1"], group["cautious"]) == (0.8, True)

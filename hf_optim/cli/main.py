@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from .. import run as runner
 from .commands.check import check
 from .commands.env import env
 from .commands.list import list_
@@ -38,6 +39,8 @@ app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_o
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2; anything else keeps its traceback."""
+    if sys.argv[1:2] == ["run"]:  # here, so that the exceptions of the script are not taken for those of the command
+        sys.exit(runner.main(sys.argv[2:]))
     try:
         app()
     except UserError as error:

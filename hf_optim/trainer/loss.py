@@ -52,10 +52,20 @@ def _deliver(accelerator: Accelerator, wanting: list[Optimizer], loss: torch.Ten
     window = getattr(accelerator, "_loss_of_window", 0.0) + part
     if accelerator.sync_gradients:
         for optimizer in wanting:
+            if optimizer._loss is not None and not deepspeed and accelerator.scaler is None:
+                _warn_replaced(type(optimizer).__name__)
             optimizer.report_loss(window)
             optimizer.keeps_loss = deepspeed  # it steps group by group
         window = 0.0
     accelerator._loss_of_window = window
+
+
+@functools.cache
+def _warn_replaced(name: str) -> None:
+    logger.warning(
+        "%s got a loss before it stepped with the last one: it takes the last. Where several backward passes (or "
+        "several optimizers) make a step, call its `report_loss` with their sum before `step()`", name,
+    )  # fmt: skip
 
 
 def deliver_loss(accelerator: Accelerator) -> None:
@@ -100,6 +110,10 @@ class LossAwareMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         return super().train(complete_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.accelerator._loss_of_window = 0.0  # an earlier run may have ended in the middle of one
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         withdraw_checkpoint(self)
         super()._save_checkpoint(*args, **kwargs)
@@ -141,12 +155,18 @@ class LossAwareTrainer(LossAwareMixin, Trainer):
 
     def __init__(self, *args: Any, max_skipped_steps: int = 20, **kwargs: Any) -> None:
         self.max_skipped_steps = max_skipped_steps
-        self.skipped_steps = 0
-        self._in_a_row = 0
-        self._finite: Any = True  # losses of this step so far, on this rank
-        self._norm: Any = None  # gradient norm of this step before clipping
+        self._reset()
         super().__init__(*args, **kwargs)
         self.add_callback(_BeforeStep(self))
+
+    def _reset(self) -> None:
+        self.skipped_steps = self._in_a_row = 0
+        self._finite: Any = True  # losses of this step so far, on this rank
+        self._norm: Any = None  # gradient norm of this step before clipping
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._reset()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any
 
@@ -25,6 +26,7 @@ from . import layout, release
 
 logger = logging.getLogger(__name__)
 
+_creating: ContextVar[Trainer | None] = ContextVar("_creating", default=None)  # whose optimizer is being made
 HANDLED: dict[str, OptimInfo] = {}  # value of --optim -> what it resolves to
 TRAINER_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay"}  # Trainer sets these itself
 
@@ -92,6 +94,18 @@ def _patch_once() -> None:
     get_optimizer_cls_and_kwargs._hf_optim = True  # type: ignore[attr-defined]
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[method-assign]
 
+    create: Callable[..., Any] = Trainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        token = _creating.set(self)
+        try:
+            return create(self, *args, **kwargs)
+        finally:
+            _creating.reset(token)
+
+    Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
+
     def missing(cls: Any, value: Any) -> Any:
         known = list(cls._value2member_map_)
         raise ValueError(f"{value!r} is not a valid `optim`{nearest(str(value), known)} Choose one of {known}")
@@ -121,7 +135,9 @@ def resolve(info: OptimInfo, args: TrainingArguments, model: torch.nn.Module | N
         logger.warning("`optim_target_modules` has no effect with %s", info.name)
     if model is None or not info.cls.asks_for_place(options):
         return info.cls, options
-    decay = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # does not look at self
+    names: Any = Trainer.get_decay_parameter_names  # does not look at self; but a subclass may have its own
+    trainer = _creating.get()
+    decay = set(names(None, model) if trainer is None else trainer.get_decay_parameter_names(model))
     options["weight_decay"] = args.weight_decay
     groups, options = registry.param_groups(info.cls, model, options, decay, _target(args))
     return info.cls, {**options, "params": groups}

@@ -15,23 +15,22 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import Trainer
 
 from ..core.sharding import of_all_ranks
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # Trainer writes it last
+WEIGHTS = "model.safetensors"
 NEEDED = {  # file, as Trainer names it on one process: patterns of the names it may have instead
     STATE: (STATE,),
-    "model.safetensors": ("*model*.safetensors*", "*model*.bin*", "pytorch_model_fsdp*", "*/adapter_model.*"),
+    WEIGHTS: ("*model*.safetensors*", "*model*.bin*", "pytorch_model_fsdp*", "*/adapter_model.*"),
     "optimizer.pt": ("*optimizer*",),
     "scheduler.pt": ("scheduler.pt",),
     "rng_state.pth": ("rng_state*.pth",),
@@ -117,8 +116,10 @@ def problems(trainer: Trainer, folder: Path) -> Iterator[str]:
     needed = UNDER_DEEPSPEED if trainer.is_deepspeed_enabled else NEEDED
     if trainer.accelerator.scaler is not None:
         needed = {**needed, "scaler.pt": ("scaler.pt",)}
+    loads: Any = Trainer._load_from_checkpoint  # a class with its own knows where weights are
+    own = getattr(type(trainer), loads.__name__, loads) is not loads
     for name, patterns in needed.items():
-        if not any(next(folder.glob(pattern), None) for pattern in patterns):
+        if not (own and name == WEIGHTS) and not any(next(folder.glob(pattern), None) for pattern in patterns):
             yield f"{name} is missing"
     for part in sorted(folder.iterdir()):
         if part.is_dir() and part.name.startswith(SHARDED):
