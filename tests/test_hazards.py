@@ -741,6 +741,15 @@ def test_adalo_follows_a_scheduler():
         assert optimizer.effective_lr() == pytest.approx(2.0 * (0.5 + 0.1 * t), rel=1e-6)
 
 
+@pytest.mark.parametrize("schedule", [None, LambdaLR])
+def test_adalo_tells_that_it_follows_no_scheduler(schedule, caplog):
+    (p,) = make_params([(6, 9)])
+    optimizer = hf_optim.AdaLo([p], follow_schedule=True)
+    _ = schedule and schedule(optimizer, lambda t: 1.0)
+    one_step(optimizer, 1.0, loss=2.0)
+    assert ("follows no scheduler" in caplog.text) == (schedule is None)
+
+
 def test_adalo_has_one_average_for_all_groups():
     params = make_params([(6, 9), (4,), (3,)])
     optimizer = hf_optim.AdaLo([{"params": params[0]}, {"params": params[1], "weight_decay": 0.1}])

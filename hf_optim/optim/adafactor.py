@@ -24,7 +24,7 @@ class Adafactor(Optimizer):
     size, so a schedule is followed at once; it runs on DTensors. More than two dimensions are factored along the two
     longest (experts: the last two; convolutions: channels), not always the last two. The defaults are Trainer's;
     `relative_step=true,scale_parameter=true` is the paper. With `relative_step` the scheduler acts through
-    lr / initial lr, and `warmup_init` replaces 1e-2 by 1e-6 t.
+    lr / initial lr (of which reduce_lr_on_plateau knows nothing), and `warmup_init` replaces 1e-2 by 1e-6 t.
     """
 
     lr: float = hp(1e-3, "step size; with relative_step only its schedule counts", ge=0)

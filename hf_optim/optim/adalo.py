@@ -64,5 +64,10 @@ class AdaLo(Optimizer):
         return {"m": (h.beta1, 1 - h.beta1)}
 
     @staticmethod
+    def hint(groups):
+        if any(group["follow_schedule"] and "initial_lr" not in group for group in groups):
+            return "`follow_schedule` follows no scheduler: none set `initial_lr` (reduce_lr_on_plateau does not)"
+
+    @staticmethod
     def refuses(h):
         return {} if h.beta1 else {"cautious": "without beta1 the update always agrees with the gradient"}

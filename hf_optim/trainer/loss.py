@@ -101,10 +101,10 @@ else:
 class LossAwareMixin(_Base):
     """Give the training loss to the optimizer, in any Trainer: `class MyTrainer(LossAwareMixin, SFTTrainer)`.
 
-    The loss is the one back-propagated, summed over the micro-batches of a step and averaged over ranks, whatever
-    computed it. `optim/effective_lr` is added to the logs. `train(resume_from_checkpoint=...)` takes complete
-    checkpoints only. With `--optim_args gradient_release=true` every parameter is stepped inside backward, and
-    `grad_norm`, which nobody can know then, is left out of the logs.
+    The loss is the one back-propagated, summed over the micro-batches of a step (one backward pass each) and averaged
+    over ranks, whatever computed it. `optim/effective_lr` is added to the logs. `train(resume_from_checkpoint=...)`
+    takes complete checkpoints only. With `--optim_args gradient_release=true` every parameter is stepped inside
+    backward, and `grad_norm`, which nobody can know then, is left out of the logs.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
