@@ -26,7 +26,7 @@ def prepare() -> None:
 
     import hf_optim
 
-    from .trainer.loss import LossAwareMixin, add_effective_lr, delivering, divide_once
+    from .trainer.loss import LossAwareMixin, add_effective_lr, delivering, divide_once, forget_window
     from .trainer.release import unclipped
     from .trainer.resume import complete_checkpoint, withdraw_checkpoint
 
@@ -57,7 +57,7 @@ def prepare() -> None:
 
     @functools.wraps(loop)
     def _inner_training_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.accelerator._loss_of_window = 0.0  # an earlier run may have ended in the middle of one
+        forget_window(self)
         return loop(self, *args, **kwargs)
 
     @functools.wraps(save)

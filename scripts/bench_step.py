@@ -81,9 +81,8 @@ class Bench:
         # no cache holds 256 MiB; on a GPU what is copied takes a millisecond, next to which its start is nothing
         self.memory = torch.zeros(2, 1 << (29 if self.device.type == "cuda" else 26), device=self.device)
         self.reference.step()
-        torch.compile(lambda x: x + 1)(
-            torch.ones(4, device=self.device)
-        )  # the compiler's own start is not the optimizer's
+        ready = torch.compile(lambda x: x + 1)
+        ready(torch.ones(4, device=self.device))  # the compiler's own start is not the optimizer's
 
     def _normal(self, size: Any, draw: torch.Generator, scale: float) -> torch.Tensor:
         return torch.randn(size, generator=draw, device=self.device) * scale

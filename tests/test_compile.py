@@ -155,7 +155,7 @@ def test_options_on_a_schedule_are_left_to_the_loop(graphs, caplog):
         counts.append(len(graphs))
     assert 0 < counts[0] == counts[5] < counts[6]  # in the seventh step it stayed what it was
     assert far(params, theirs) < 2e-5 and not execute._broken
-    assert sum("options that change in every one" in message for message in caplog.messages) == 1
+    assert sum("an option changed that is compiled into steps" in message for message in caplog.messages) == 1
 
 
 def test_options_of_weights_that_are_not_compiled_are_not_told_of(caplog):

@@ -544,7 +544,9 @@ class Optimizer(torch.optim.Optimizer):
         self._since = {**self._since, call.position: (static, since)}
         if since < now:
             return backend
-        execute.tell_once("%s: steps are not compiled for options that change in every one", type(self).__name__)
+        execute.tell_once(
+            "%s: an option changed that is compiled into steps: the loop steps until it stays", type(self).__name__
+        )
         return "loop"
 
     def _values(self, call: plan.Call, scalars: list[dict[str, Tensor]]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ class Muon(AdamW):
         G = momentum B + (1 - momentum) g                      nesterov; else B
         p <- p - lr weight_decay p - lr s orthogonalize(G)     all singular values near 1
 
-    s is 0.2 sqrt(max(rows, columns)) with `match_rms`, for which AdamW's lr serves both; with `original` it is
-    sqrt(max(1, rows / columns)), lr near 0.02, `adamw_lr` for the rest. Built from a model (Trainer does), embeddings,
-    output layer, tables, LoRA's factors and what `optim_target_modules` misses go to AdamW as vectors do. Stacked
-    experts are matrices one by one. https://huggingface.co/papers/2502.16982, https://kellerjordan.github.io/posts/muon
+    s is 0.2 sqrt(max(rows, columns)) with `match_rms`, for which AdamW's lr serves both; with `original` sqrt(max(1,
+    rows / columns)), lr near 0.02, `adamw_lr` for the rest. Built from a model, embeddings, output layer, tables,
+    LoRA's factors and what `optim_target_modules` misses go to AdamW as vectors do. Experts are matrices one by one,
+    convolutions (out, rest). https://huggingface.co/papers/2502.16982, https://kellerjordan.github.io/posts/muon
     """
 
     beta2: float = hp(0.95, "decay of the average squared gradient (AdamW)", ge=0, lt=1)

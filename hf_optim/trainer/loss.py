@@ -81,6 +81,11 @@ def divide_once(trainer: Trainer) -> None:
     trainer.accelerator.gradient_accumulation_steps = 1
 
 
+def forget_window(trainer: Trainer) -> None:
+    """Start with nothing: an earlier run may have ended in the middle of an accumulation window."""
+    trainer.accelerator._loss_of_window = 0.0
+
+
 def add_effective_lr(optimizer: Any, logs: dict[str, Any]) -> None:
     """Put the step size that was really used next to the scheduler's `learning_rate`."""
     inner = innermost(optimizer)
@@ -111,7 +116,7 @@ class LossAwareMixin(_Base):
         return super().train(complete_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.accelerator._loss_of_window = 0.0  # an earlier run may have ended in the middle of one
+        forget_window(self)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
