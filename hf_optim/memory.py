@@ -123,15 +123,13 @@ def estimate_memory(
     run = _Run(layout, world, rank, mixed_precision)
     found = registry.info(name)
     options = found.cls.with_preset(found.preset, options)
-    verdict = decide(found.cls, options, Layout(layout))
+    verdict = decide(found.cls, options, Layout(layout, fp16=mixed_precision == "fp16"))
     if not verdict.fine:
         raise ValueError(f"{name} cannot be used under {layout}: {verdict.reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     release = found.cls.completed(options)["gradient_release"]
-    if release and mixed_precision == "fp16":
-        raise ValueError("gradient release cannot go with fp16, whose loss scaler looks at all gradients: use bf16")
     with _imagined(world, rank) if layout == "fsdp2" else nullcontext() as mesh:
         for _ in range(2 if layout == "fsdp2" else 1):  # DTensor rehearses what it has not done before
             optimizer, counts = _stand_ins(found.cls, model, options, run, mesh)

@@ -42,11 +42,13 @@ class Layout:
         kind (`str`): a key of `TITLES`.
         swap (`str`, *optional*): why another optimizer than the chosen one would run, and the remedy.
         offload (`bool`, *optional*): optimizer state lives, and steps are made, in CPU memory.
+        fp16 (`bool`, *optional*): a gradient scaler is at work.
     """
 
     kind: str
     swap: str = ""
     offload: bool = False
+    fp16: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in TITLES:
@@ -79,6 +81,9 @@ def decide(cls: type[Optimizer], options: Mapping[str, Any], layout: Layout) -> 
     if values["gradient_release"] and layout.kind not in RELEASED_IN:
         why = "`gradient_release=true` needs a complete gradient for each weight when its hook runs, which it is not"
         return Verdict(layout, f"{why} under {TITLES[layout.kind]}; use FSDP2, or drop it")
+    if values["gradient_release"] and layout.fp16:
+        why = "`gradient_release=true` leaves no gradients to the scaler of fp16, which looks at all before a step"
+        return Verdict(layout, f"{why}; use bf16, or drop it")
     costs = ["steps on the CPU"] if layout.offload else []
     reason = ""
     if layout.kind == "fsdp2":

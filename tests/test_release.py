@@ -599,7 +599,7 @@ def test_accumulation_in_a_trainer(which, registered):
     ("options", "message"),
     [
         ({"max_grad_norm": 1.0}, "`max_grad_norm=1.0`: it clips .*set `--max_grad_norm 0`"),
-        ({"fp16": True, "use_cpu": False}, "`fp16=True`: its gradient scaler .*use `--bf16`"),
+        ({"fp16": True, "use_cpu": False}, "adamw cannot .*the scaler of fp16, .*use bf16"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True`.*--per_device_train_batch_size"),
         ({"gradient_accumulation_steps": 2}, "adamw.*steps=2`: AdamW makes more.*nsgda, adalo, stable_decay_sgd can"),
         ({"optim": "adalo", "args": "cautious=true", "gradient_accumulation_steps": 2}, "`cautious=True` looks at"),
@@ -617,9 +617,13 @@ def test_what_cannot_go_with_it_is_refused_before_the_run(registered, options, m
 
 @pytest.mark.parametrize("kind", TITLES)
 def test_layouts(kind):
-    verdict = decide(hf_optim.AdamW, {"gradient_release": True}, Layout(kind))
+    options = {"gradient_release": True}
+    verdict = decide(hf_optim.AdamW, options, Layout(kind))
     assert verdict.fine == (kind in ("single", "fsdp2"))
     assert verdict.fine or "use FSDP2" in verdict.reason
+    scaled = decide(hf_optim.AdamW, options, Layout(kind, fp16=True))
+    assert "scaler of fp16" in scaled.reason if verdict.fine else scaled.reason == verdict.reason
+    assert decide(hf_optim.AdamW, {}, Layout(kind, fp16=True)).fine == decide(hf_optim.AdamW, {}, Layout(kind)).fine
 
 
 def test_engines_that_keep_gradients_are_refused_at_the_first_backward():

@@ -205,6 +205,16 @@ def test_other_configs(text, kind, tmp_path):
     assert reader.of_accelerate(str(write(tmp_path, text))) == Layout(kind)
 
 
+@pytest.mark.parametrize("text", ["distributed_type: 'NO'", FSDP + "fsdp_version: 2"])
+def test_release_under_fp16_is_refused(text, tmp_path):
+    where = ("--accelerate-config", write(tmp_path, text + "\nmixed_precision: fp16"))
+    assert check("adamw", *where)[0] == 0
+    code, output, _ = check("adamw", *where, "--optim-args", "gradient_release=true")
+    assert code == 1 and "the scaler of fp16" in output and "use bf16" in output
+    where = ("--accelerate-config", write(tmp_path, text + "\nmixed_precision: bf16"))
+    assert check("adamw", *where, "--optim-args", "gradient_release=true")[0] == 0
+
+
 def test_offload_under_fsdp2_costs_time(tmp_path):
     code, output, _ = check("adamw", "--accelerate-config",
                             write(tmp_path, FSDP + "fsdp_version: 2\n  fsdp_offload_params: true"))  # fmt: skip
@@ -331,6 +341,13 @@ def test_nothing_is_refused_on_one_device_or_under_ddp(name, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", world)  # as a launcher does
         assert reader.of_arguments(args, torch.nn.Linear(2, 2)) == Layout(kind)
         assert Trainer.get_optimizer_cls_and_kwargs(args, None)[0] is hf_optim.info(name).cls
+
+
+def test_fp16_of_the_launcher_unless_the_arguments_say_bf16(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    settings = {"optim_args": "gradient_release=true", "max_grad_norm": 0.0}
+    refused("sm3", "the scaler of fp16.*use bf16", **settings)
+    assert optimizer_of("sm3", bf16=True, **settings) is hf_optim.SM3
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -24,15 +24,14 @@ KAHAN = "residual"  # state of `precision="kahan"`
 
 
 class View:
-    """Names for values: `h` (options and scalars), `s` (state) and `c` (context). Dynamo can trace it."""
+    """Names for values: `h` (options and scalars), `s` (state) and `c` (context)."""
 
     if TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
+        vars(self).update(values)
 
     def __getattr__(self, name: str) -> Any:  # reached only for a name that is not there
         raise AttributeError(f"{name!r} is not among {', '.join(vars(self))}")

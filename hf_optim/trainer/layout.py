@@ -79,17 +79,18 @@ def of_arguments(args: Any, model: Any) -> Layout:
     if args.deepspeed_plugin is not None:
         return of_deepspeed(args.deepspeed_plugin.deepspeed_config)
     env = os.environ
+    fp16 = args.fp16 or (not args.bf16 and env.get("ACCELERATE_MIXED_PRECISION") == "fp16")
     sizes = [getattr(model, "tp_size", None), getattr(getattr(args, "parallelism_config", None), "tp_size", None)]
     if _on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes.append(int(env.get("PARALLELISM_CONFIG_TP_SIZE", 1)))
     if any(size and size > 1 for size in sizes):
-        return Layout("tp")
+        return Layout("tp", fp16=fp16)
     fsdp = args.fsdp_plugin_args
     if fsdp:
-        return Layout(f"fsdp{fsdp.get('fsdp_version', 1)}", offload=bool(fsdp.get("cpu_offload")))
+        return Layout(f"fsdp{fsdp.get('fsdp_version', 1)}", offload=bool(fsdp.get("cpu_offload")), fp16=fp16)
     if _on("ACCELERATE_USE_FSDP"):
-        return Layout(f"fsdp{env.get('FSDP_VERSION', '1')}", offload=_on("FSDP_OFFLOAD_PARAMS"))
-    return Layout("ddp" if int(env.get("WORLD_SIZE", 1)) > 1 else "single")
+        return Layout(f"fsdp{env.get('FSDP_VERSION', '1')}", offload=_on("FSDP_OFFLOAD_PARAMS"), fp16=fp16)
+    return Layout("ddp" if int(env.get("WORLD_SIZE", 1)) > 1 else "single", fp16=fp16)
 
 
 def _on(variable: str) -> bool:
@@ -111,16 +112,17 @@ def of_accelerate(file: str) -> Layout:
     kind = config.distributed_type.value
     if kind == "DEEPSPEED":
         return of_deepspeed(_filled(config.deepspeed_config))
+    fp16 = config.mixed_precision == "fp16"
     if int(config.parallelism_config.get("parallelism_config_tp_size", 1)) > 1:
-        return Layout("tp")
+        return Layout("tp", fp16=fp16)
     if kind == "FSDP":
         fsdp = config.fsdp_config
         offload = str(fsdp.get("fsdp_offload_params", False)).lower() == "true"
-        return Layout(f"fsdp{fsdp.get('fsdp_version', 1)}", offload=offload)
+        return Layout(f"fsdp{fsdp.get('fsdp_version', 1)}", offload=offload, fp16=fp16)
     if kind == "NO":
-        return Layout("single")
+        return Layout("single", fp16=fp16)
     if kind.startswith("MULTI_"):
-        return Layout("ddp")
+        return Layout("ddp", fp16=fp16)
     raise ValueError(f"`distributed_type: {kind}` cannot be judged; known are NO, MULTI_*, FSDP and DEEPSPEED")
 
 

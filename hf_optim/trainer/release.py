@@ -18,6 +18,7 @@ from .. import registry
 from ..core import Optimizer
 from ..core.release import Release, cannot_absorb
 from ..registry import OptimInfo
+from ..verdicts import Layout, decide
 
 
 NO_CLIPPING = (
@@ -44,7 +45,6 @@ def refuse(info: OptimInfo, options: Mapping[str, Any], args: Any) -> None:
         return
     clashes = {
         "max_grad_norm": NO_CLIPPING if args.max_grad_norm and args.max_grad_norm > 0 else "",
-        "fp16": "its gradient scaler looks at all gradients before a step; use `--bf16`" if args.fp16 else "",
         "auto_find_batch_size": (
             "a batch that does not fit would leave a part of the weights a step ahead; set "
             "`--per_device_train_batch_size`"
@@ -91,17 +91,11 @@ def handles(accelerator: Accelerator) -> list[Release]:
 
 
 def _refuse_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
-    owner = type(optimizer).__name__
-    if accelerator.scaler is not None:
-        raise ValueError(
-            f"{owner}: gradients cannot be released under fp16, whose scaler looks at all of them before a step; use "
-            "bf16 (`--mixed_precision bf16`), or drop `gradient_release=true`"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            f"{owner}: gradients cannot be released under DeepSpeed, whose engine keeps them; use FSDP2, or drop "
-            "`gradient_release=true` (ZeRO 2 and 3 free gradients in their own way)"
-        )
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    layout = Layout("zero2" if deepspeed else "single", fp16=accelerator.scaler is not None)
+    verdict = decide(type(optimizer), {"gradient_release": True}, layout)
+    if not verdict.fine:
+        raise ValueError(f"{type(optimizer).__name__}: {verdict.reason}")
 
 
 @contextmanager
