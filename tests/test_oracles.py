@@ -287,8 +287,9 @@ def test_every_flag_in_float64(rule):
 
 @adamw_or_slow
 def test_every_flag_in_float32(rule):
-    flips = rule == "smmf"  # of a sign, where an average is about 0: the entry then jumps (float64 is exact)
-    bound = 1e-4 if flips else bar(rule)
+    # smmf: a sign flips where an average is about 0, and the entry jumps; stable_decay_sgd: weights and CPR's
+    # multiplier go far away and back, and the rounding of the way is left (float64 is exact)
+    bound = 1e-4 if rule in ("smmf", "stable_decay_sgd") else bar(rule)
     assert not failures(rule, flag_cases(rule), 200, bound, shapes=[(), (7,), (6, 4), (4, 3, 3, 2)])
 
 
