@@ -89,11 +89,15 @@ def write_early(graph: Graph) -> None:
     """Write new state where it is computed, and let what follows read it there.
 
     A step has one more loop over the weight than it has reductions that wait for each other: every one of them would
-    compute the new state from the old.
+    compute the new state from the old. State that no reduction needs waits for the last loop, which reads all of it.
     """
     nodes = list(graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
-    for write in filter(_is_write, nodes):
+    needed = set[Node]()
+    for node in reversed(nodes):
+        if node in needed or _is_reduction(node):
+            needed |= {node, *node.all_input_nodes}
+    for write in (node for node in nodes if _is_write(node) and (node.args[1] in needed or not needed)):
         buffer, value = write.args
         own, new = buffer.meta["val"], value.meta["val"]
         same = own.dtype == new.dtype and own.ndim == new.ndim and _numel(buffer) == _numel(value)
