@@ -287,10 +287,14 @@ def test_every_flag_in_float64(rule):
 
 @adamw_or_slow
 def test_every_flag_in_float32(rule):
-    # smmf: a sign flips where an average is about 0, and the entry jumps; stable_decay_sgd: weights and CPR's
-    # multiplier go far away and back, and the rounding of the way is left (float64 is exact)
-    bound = 1e-4 if rule in ("smmf", "stable_decay_sgd") else bar(rule)
-    assert not failures(rule, flag_cases(rule), 200, bound, shapes=[(), (7,), (6, 4), (4, 3, 3, 2)])
+    flips = rule == "smmf"  # of a sign, where an average is about 0: the entry then jumps (float64 is exact)
+    bound, shapes = 1e-4 if flips else bar(rule), [(), (7,), (6, 4), (4, 3, 3, 2)]
+    # these weights go far away under CPR and come back, with the rounding of the way, which differs between CPUs
+    far = [case for case in flag_cases(rule) if rule == "stable_decay_sgd" and case["decay"] == "cpr"]
+    assert not failures(rule, [case for case in flag_cases(rule) if case not in far], 200, bound, shapes=shapes)
+    for case in far:
+        run = Run(rule, shapes, follow=True, **case)
+        assert max(run.go(1) for _ in range(200)) < bound, case
 
 
 def test_all_flags_at_once(name):

@@ -628,7 +628,9 @@ def test_layouts(kind):
 
 def test_engines_that_keep_gradients_are_refused_at_the_first_backward():
     optimizer = hf_optim.AdamW([torch.nn.Parameter(torch.ones(2))], gradient_release=True)
-    engines = {"fp16": {"scaler": object()}, "DeepSpeed": {"distributed_type": DistributedType.DEEPSPEED}}
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    deepspeed = {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": plugin}
+    engines = {"AdamW: .*fp16": {"scaler": object()}, "AdamW: .*DeepSpeed ZeRO 3; use FSDP2": deepspeed}
     for message, engine in engines.items():
         known = {"_optimizers": [optimizer], "scaler": None, "distributed_type": DistributedType.NO, **engine}
         with pytest.raises(ValueError, match=message):

@@ -18,6 +18,7 @@ from ..verdicts import TITLES, Layout, decide
 
 logger = logging.getLogger(__name__)
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`; arguments go before it
 SECTION = (
     "the `optimizer` section of the DeepSpeed config takes the place of `--optim`; remove the section (a `scheduler` "
     "may stay)"
@@ -79,18 +80,19 @@ def of_arguments(args: Any, model: Any) -> Layout:
     if args.deepspeed_plugin is not None:
         return of_deepspeed(args.deepspeed_plugin.deepspeed_config)
     env = os.environ
-    fp16 = args.fp16 or (not args.bf16 and env.get("ACCELERATE_MIXED_PRECISION") == "fp16")
     sizes = [getattr(model, "tp_size", None), getattr(getattr(args, "parallelism_config", None), "tp_size", None)]
     if _on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes.append(int(env.get("PARALLELISM_CONFIG_TP_SIZE", 1)))
+    fsdp, offload = args.fsdp_plugin_args, False
     if any(size and size > 1 for size in sizes):
-        return Layout("tp", fp16=fp16)
-    fsdp = args.fsdp_plugin_args
-    if fsdp:
-        return Layout(f"fsdp{fsdp.get('fsdp_version', 1)}", offload=bool(fsdp.get("cpu_offload")), fp16=fp16)
-    if _on("ACCELERATE_USE_FSDP"):
-        return Layout(f"fsdp{env.get('FSDP_VERSION', '1')}", offload=_on("FSDP_OFFLOAD_PARAMS"), fp16=fp16)
-    return Layout("ddp" if int(env.get("WORLD_SIZE", 1)) > 1 else "single", fp16=fp16)
+        kind = "tp"
+    elif fsdp:
+        kind, offload = f"fsdp{fsdp.get('fsdp_version', 1)}", bool(fsdp.get("cpu_offload"))
+    elif _on("ACCELERATE_USE_FSDP"):
+        kind, offload = f"fsdp{env.get('FSDP_VERSION', '1')}", _on("FSDP_OFFLOAD_PARAMS")
+    else:
+        kind = "ddp" if int(env.get("WORLD_SIZE", 1)) > 1 else "single"
+    return Layout(kind, offload=offload, fp16=args.fp16 or (not args.bf16 and env.get(PRECISION) == "fp16"))
 
 
 def _on(variable: str) -> bool:
@@ -109,21 +111,22 @@ def of_accelerate(file: str) -> Layout:
     config = load_config_from_file(file)
     if not isinstance(config, ClusterConfig):
         raise ValueError("only local configs can be judged, not those of SageMaker")
-    kind = config.distributed_type.value
-    if kind == "DEEPSPEED":
+    name = config.distributed_type.value
+    if name == "DEEPSPEED":
         return of_deepspeed(_filled(config.deepspeed_config))
-    fp16 = config.mixed_precision == "fp16"
+    offload = False
     if int(config.parallelism_config.get("parallelism_config_tp_size", 1)) > 1:
-        return Layout("tp", fp16=fp16)
-    if kind == "FSDP":
+        kind = "tp"
+    elif name == "FSDP":
         fsdp = config.fsdp_config
-        offload = str(fsdp.get("fsdp_offload_params", False)).lower() == "true"
-        return Layout(f"fsdp{fsdp.get('fsdp_version', 1)}", offload=offload, fp16=fp16)
-    if kind == "NO":
-        return Layout("single", fp16=fp16)
-    if kind.startswith("MULTI_"):
-        return Layout("ddp", fp16=fp16)
-    raise ValueError(f"`distributed_type: {kind}` cannot be judged; known are NO, MULTI_*, FSDP and DEEPSPEED")
+        kind, offload = f"fsdp{fsdp.get('fsdp_version', 1)}", str(fsdp.get("fsdp_offload_params")).lower() == "true"
+    elif name == "NO":
+        kind = "single"
+    elif name.startswith("MULTI_"):
+        kind = "ddp"
+    else:
+        raise ValueError(f"`distributed_type: {name}` cannot be judged; known are NO, MULTI_*, FSDP and DEEPSPEED")
+    return Layout(kind, offload=offload, fp16=config.mixed_precision == "fp16")
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..core import Optimizer
 from ..core.release import Release, cannot_absorb
 from ..registry import OptimInfo
 from ..verdicts import Layout, decide
+from .layout import of_deepspeed
 
 
 NO_CLIPPING = (
@@ -91,8 +92,9 @@ def handles(accelerator: Accelerator) -> list[Release]:
 
 
 def _refuse_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    layout = Layout("zero2" if deepspeed else "single", fp16=accelerator.scaler is not None)
+    layout = Layout("single", fp16=accelerator.scaler is not None)  # core.release looks at the ranks itself
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        layout = of_deepspeed(accelerator.deepspeed_plugin.deepspeed_config)
     verdict = decide(type(optimizer), {"gradient_release": True}, layout)
     if not verdict.fine:
         raise ValueError(f"{type(optimizer).__name__}: {verdict.reason}")
