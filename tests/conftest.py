@@ -20,6 +20,9 @@ def pytest_generate_tests(metafunc):
     if "class_name" in metafunc.fixturenames:
         first = {hf_optim.info(n).cls: n for n in reversed(hf_optim.list_optimizers())}
         metafunc.parametrize("class_name", first.values())
+    if "second_name" in metafunc.fixturenames:  # every second one; `pytest -m slow` takes the rest
+        names = enumerate(hf_optim.list_optimizers())
+        metafunc.parametrize("second_name", [pytest.param(n, marks=[pytest.mark.slow] * (i % 2)) for i, n in names])
 
 
 def pytest_runtest_setup(item):

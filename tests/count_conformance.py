@@ -22,13 +22,6 @@ GENERIC = ("conformance", "conformance_more", "options", "precision", "release",
 GENERIC += ("hazards", "hazards_adam", "hazards_flags", "trainer")  # not: pages, command line and verdict tables
 
 
-def _needs_all_gradients(name):
-    from conftest import make_params
-
-    optimizer = hf_optim.create(name, make_params([(2, 2)]))
-    return bool(optimizer.all_sums(optimizer.param_groups[0]))
-
-
 NOT_APPLICABLE = {  # check -> (reason, whether it holds for a name)
     "test_keys_of_checkpoints_are_frozen": (
         "not released yet, so its keys may change",
@@ -42,7 +35,6 @@ NOT_APPLICABLE = {  # check -> (reason, whether it holds for a name)
         "the rule has no such option",
         lambda name: "amsgrad" not in hf_optim.info(name).options,
     ),
-    "test_released_and_fused": ("needs all gradients at once; another test sees it refused", _needs_all_gradients),
 }
 BRANCHES = {  # these end early only after an assertion: the other outcome that is asked for
     "test_softplus_works_on_every_rule_with_a_ratio": "refused by name where there is no ratio",
