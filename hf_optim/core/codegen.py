@@ -223,9 +223,8 @@ def _sign(x: Tensor) -> Any:
     """By its bits: Inductor makes two comparisons and two choices of it. NaN has the sign that it carries, not 0."""
     if x.dtype != torch.float32:
         return NotImplemented
-    bits = x.view(torch.int32)
-    nonzero = -(bits & 0x7FFFFFFF) >> 31  # all ones, or 0
-    return ((bits & -0x80000000 | 0x3F800000) & nonzero).view(torch.float32)
+    one = (x.view(torch.int32) & -0x80000000 | 0x3F800000).view(torch.float32)
+    return torch.where(x == 0, 0.0, one)
 
 
 def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
