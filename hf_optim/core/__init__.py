@@ -16,7 +16,6 @@ from .maths import (
     square_shape,
     summed,
     two_largest,
-    unit_norm,
     with_signs,
 )
 from .options import Option, by_pattern, hp, parse_options

@@ -27,7 +27,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
-from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
+from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -71,7 +71,7 @@ NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
-persistent = InductorChoices.should_use_persistent_reduction
+persistent, convert = InductorChoices.should_use_persistent_reduction, CppVecKernel.get_to_dtype_expr
 mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
 _built: set[str] = set()
 
@@ -235,6 +235,14 @@ def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
 
 
+def _ones(kernel: Any, x: Any, dtype: torch.dtype, src_dtype: torch.dtype, *args: Any) -> str:
+    """1 where a mask is set, by one operation. Inductor compares the mask with a full one, then chooses."""
+    if src_dtype != torch.bool or dtype not in (torch.float32, torch.int32) or not x.is_vec:
+        return convert(kernel, x, dtype, src_dtype, *args)
+    vector = kernel._get_vec_type(dtype)
+    return f"({vector}({x}.cast<{DTYPE_TO_CPP[dtype]}, {kernel._get_num_vectors(dtype)}>()) & {vector}(1))"
+
+
 def _counted(kernel: Any, start: Any, stride: Any) -> Any:
     """Numbers from `start` on, by one addition. Inductor puts every one of them in its place in every vector."""
     vector = kernel._get_vec_type(start.dtype)
@@ -293,6 +301,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(InductorChoices, "should_use_persistent_reduction", staticmethod(of_known_length)),
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
+        patch.object(CppVecKernel, "get_to_dtype_expr", _ones),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
         patch.object(VecISA, "check_build", _built_before),
         patch.object(GraphLowering, "mark_buffer_mutated", _read_again),

@@ -29,11 +29,6 @@ def at_most(x: Tensor, size: Tensor, limit: Tensor) -> Tensor:
     return x * (limit / size.where(size > limit, limit))
 
 
-def unit_norm(x: Tensor) -> Tensor:
-    """Norm of each slice along the first axis, shaped to be combined with `x`; of a vector or scalar as a whole."""
-    return x.square().sum(tuple(range(x.ndim > 1, x.ndim)), keepdim=True).sqrt()
-
-
 def agrees(a: Tensor, b: Tensor) -> Tensor:
     """Above 0 where both have the same sign, below where not, 0 where one is 0. The product would underflow."""
     return a.sign() * b
@@ -70,14 +65,10 @@ def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
 
 def two_largest(shape: Sequence[int]) -> tuple[int, int]:
     """The two longest axes, in order; the later ones win a tie (the last two of a stack of square matrices)."""
-    first = max_axis(shape, range(len(shape)))
-    second = max_axis(shape, [a for a in range(len(shape)) if a != first])
+    axes = list(reversed(range(len(shape))))  # compared by `>` only: sizes may be symbols of the compiler
+    first = axes.pop(axes.index(max(axes, key=shape.__getitem__)))
+    second = max(axes, key=shape.__getitem__)
     return (first, second) if first < second else (second, first)
-
-
-def max_axis(shape: Sequence[int], axes: Sequence[int]) -> int:
-    """The longest of these axes, the last one of a tie. Plain comparisons: sizes may be symbols of the compiler."""
-    return max(reversed(axes), key=shape.__getitem__)
 
 
 def square_shape(numel: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive gradient clipping."""
 
-from ..core import Flag, at_most, hp, unit_norm
+from ..core import Flag, at_most, hp
 
 
 class AGC(Flag):
@@ -28,3 +28,8 @@ class AGC(Flag):
     @staticmethod
     def options_for(at, h):
         return {"agc": False} if at.is_output else {}
+
+
+def unit_norm(x):
+    """Norm of each slice along the first axis, shaped to be combined with `x`; of a vector or scalar as a whole."""
+    return x.square().sum(tuple(range(x.ndim > 1, x.ndim)), keepdim=True).sqrt()
