@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_optim team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What every test file shares: `name` runs over the registry, `class_name` over one name of each class; parameters and
-gradients come from a seed."""
+"""What every test file shares: `name` runs over the registry, `class_name` over one name of each class, `second_name`
+over every second one (`pytest -m slow` takes the rest); parameters and gradients come from a seed."""
 
 import gc
 
@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc):
     if "class_name" in metafunc.fixturenames:
         first = {hf_optim.info(n).cls: n for n in reversed(hf_optim.list_optimizers())}
         metafunc.parametrize("class_name", first.values())
-    if "second_name" in metafunc.fixturenames:  # every second one; `pytest -m slow` takes the rest
+    if "second_name" in metafunc.fixturenames:
         names = enumerate(hf_optim.list_optimizers())
         metafunc.parametrize("second_name", [pytest.param(n, marks=[pytest.mark.slow] * (i % 2)) for i, n in names])
 

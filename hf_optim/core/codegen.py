@@ -27,7 +27,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
-from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
+from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -71,7 +71,7 @@ NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
-persistent, convert = InductorChoices.should_use_persistent_reduction, CppVecKernel.get_to_dtype_expr
+persistent = InductorChoices.should_use_persistent_reduction
 mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
 _built: set[str] = set()
 
@@ -223,8 +223,9 @@ def _sign(x: Tensor) -> Any:
     """By its bits: Inductor makes two comparisons and two choices of it. NaN has the sign that it carries, not 0."""
     if x.dtype != torch.float32:
         return NotImplemented
-    one = (x.view(torch.int32) & -0x80000000 | 0x3F800000).view(torch.float32)
-    return torch.where(x == 0, 0.0, one)
+    bits = x.view(torch.int32)
+    nonzero = -(bits & 0x7FFFFFFF) >> 31  # all ones, or 0
+    return ((bits & -0x80000000 | 0x3F800000) & nonzero).view(torch.float32)
 
 
 def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
@@ -233,14 +234,6 @@ def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     if {dtype, src_dtype} != {torch.float32, torch.int32}:
         return bitcast(x, dtype, src_dtype)
     return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
-
-
-def _ones(kernel: Any, x: Any, dtype: torch.dtype, src_dtype: torch.dtype, *args: Any) -> str:
-    """1 where a mask is set, by one operation. Inductor compares the mask with a full one, then chooses."""
-    if src_dtype != torch.bool or dtype not in (torch.float32, torch.int32) or not x.is_vec:
-        return convert(kernel, x, dtype, src_dtype, *args)
-    vector = kernel._get_vec_type(dtype)
-    return f"({vector}({x}.cast<{DTYPE_TO_CPP[dtype]}, {kernel._get_num_vectors(dtype)}>()) & {vector}(1))"
 
 
 def _counted(kernel: Any, start: Any, stride: Any) -> Any:
@@ -301,7 +294,6 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(InductorChoices, "should_use_persistent_reduction", staticmethod(of_known_length)),
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
-        patch.object(CppVecKernel, "get_to_dtype_expr", _ones),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
         patch.object(VecISA, "check_build", _built_before),
         patch.object(GraphLowering, "mark_buffer_mutated", _read_again),

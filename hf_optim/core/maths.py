@@ -66,7 +66,8 @@ def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
 def two_largest(shape: Sequence[int]) -> tuple[int, int]:
     """The two longest axes, in order; the later ones win a tie (the last two of a stack of square matrices)."""
     axes = list(reversed(range(len(shape))))  # compared by `>` only: sizes may be symbols of the compiler
-    first = axes.pop(axes.index(max(axes, key=shape.__getitem__)))
+    first = max(axes, key=shape.__getitem__)
+    axes.remove(first)
     second = max(axes, key=shape.__getitem__)
     return (first, second) if first < second else (second, first)
 
