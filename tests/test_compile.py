@@ -409,6 +409,16 @@ def test_code_on_disk_is_that_of_this_version(monkeypatch):
             assert counters["inductor"]["fxgraph_cache_hit"] == hits
 
 
+def test_code_on_disk_is_for_the_vectors_of_this_machine(monkeypatch):
+    """Loops in steps of 8, compiled where a vector holds 16, write past the end of a tensor."""
+    with fresh_cache():
+        for vectors, hits in (("default", 0), ("", 0), ("", 1)):  # none, and those that the CPU has
+            monkeypatch.setenv("ATEN_CPU_CAPABILITY", vectors)
+            counters.clear()
+            compare_with_inductor("adalo", [(24, 8)])
+            assert counters["inductor"]["fxgraph_cache_hit"] == hits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [False, True])
 def test_generated_code_equals_the_loop_for_all(name, flags):

@@ -69,7 +69,7 @@ if hasattr(config, "combo_kernel_max_num_nodes"):  # torch 2.11 takes 8, and doe
 NARROW = {torch.int8, torch.bfloat16, torch.float16}  # read with scales, residuals and noise
 NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 24}
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
-TAG = Path(__file__).read_text()  # code on disk is not to outlive a change of `repaired`
+TAG = Path(__file__).read_text()
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
 persistent = InductorChoices.should_use_persistent_reduction
 mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
@@ -171,8 +171,8 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
-        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {TAG}"),  # type: ignore[attr-defined]
         repaired(dtypes),
+        compiler_config.patch(cache_key_tag=_tag(inputs[0].device)),  # type: ignore[attr-defined]
     ):
         try:
             return compile_fx_inner(module, inputs, is_inference=True)
@@ -182,6 +182,12 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
                 raise  # a module that lacks a name has a path, too
             Path(part).unlink(missing_ok=True)
             return compile_fx_inner(module, inputs, is_inference=True)
+
+
+def _tag(device: torch.device) -> str:
+    """What Inductor's key to its code on disk leaves out: how it is patched here, and how long a CPU's vectors are."""
+    vectors = pick_vec_isa() if device.type == "cpu" else None
+    return f"{compiler_config.cache_key_tag} {TAG} {vectors}"
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:
