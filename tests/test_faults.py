@@ -269,7 +269,7 @@ def squares_and_gap_exchanged(patch):
 
 @caught_by(hazards.test_cautious_compares_signs_not_products)
 def cautious_by_the_sign_of_the_product(patch):
-    patch.setattr(cautious, "agrees", lambda a, b: (a * b).sign())
+    patch.setattr(cautious, "xorsign", lambda x, y: (x * y).sign())
 
 
 @caught_by(hazards.test_cautious_does_not_blow_up_the_touched_rows_of_an_embedding)

@@ -5,7 +5,6 @@
 from .base import Optimizer, Place
 from .flags import FLAGS, STAGES, Flag
 from .maths import (
-    agrees,
     along,
     amax,
     at_most,
@@ -19,5 +18,5 @@ from .maths import (
     with_signs,
 )
 from .options import Option, by_pattern, hp, parse_options
-from .precision import back, lower
+from .precision import back, lower, xorsign
 from .sharding import Slot, beside, keep, like, unsharded, without

@@ -69,7 +69,7 @@ if hasattr(config, "combo_kernel_max_num_nodes"):  # torch 2.11 takes 8, and doe
 NARROW = {torch.int8, torch.bfloat16, torch.float16}  # read with scales, residuals and noise
 NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 24}
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
-TAG = Path(__file__).read_text()
+TAG = Path(__file__).read_text()  # Inductor's key to code on disk has neither `repaired` nor the length of vectors
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
 persistent = InductorChoices.should_use_persistent_reduction
 mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
@@ -152,8 +152,7 @@ class Programs:
         return Program(last, " and ".join(g for g in guards if "storage_offset" not in g), env, before)
 
     def _sizes(self, x: Tensor, rows: bool) -> list[DimDynamic]:
-        """Which sizes may differ in another call (0 and 1 never may). With `rows`, not their length; of a DTensor,
-        none."""
+        """Which sizes may differ between calls (0 and 1 never). With `rows`, not their length; of a DTensor, none."""
         sizes = [DimDynamic.STATIC if self.layout else DimDynamic.DYNAMIC] * x.ndim
         if rows and x.ndim > 1 and x.shape[-1] % REGISTER == 0:
             sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
@@ -167,12 +166,13 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     module = GraphModule(torch.nn.Module(), graph)
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
     dtypes = {x.dtype for x in inputs}
+    key = f"{compiler_config.cache_key_tag} {TAG}"
     with (
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
         repaired(dtypes),
-        compiler_config.patch(cache_key_tag=_tag(inputs[0].device)),  # type: ignore[attr-defined]
+        compiler_config.patch(cache_key_tag=f"{key} {inputs[0].is_cpu and pick_vec_isa()}"),  # type: ignore[attr-defined]
     ):
         try:
             return compile_fx_inner(module, inputs, is_inference=True)
@@ -182,12 +182,6 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
                 raise  # a module that lacks a name has a path, too
             Path(part).unlink(missing_ok=True)
             return compile_fx_inner(module, inputs, is_inference=True)
-
-
-def _tag(device: torch.device) -> str:
-    """What Inductor's key to its code on disk leaves out: how it is patched here, and how long a CPU's vectors are."""
-    vectors = pick_vec_isa() if device.type == "cpu" else None
-    return f"{compiler_config.cache_key_tag} {TAG} {vectors}"
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:
@@ -223,15 +217,6 @@ def _lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
     if isinstance(weight, float) and abs(weight) >= 0.5:
         return end - (1 - weight) * (end - start)
     return NotImplemented if getattr(weight, "ndim", 0) else start + weight * (end - start)
-
-
-def _sign(x: Tensor) -> Any:
-    """By its bits: Inductor makes two comparisons and two choices of it. NaN has the sign that it carries, not 0."""
-    if x.dtype != torch.float32:
-        return NotImplemented
-    bits = x.view(torch.int32)
-    nonzero = -(bits & 0x7FFFFFFF) >> 31  # all ones, or 0
-    return ((bits & -0x80000000 | 0x3F800000) & nonzero).view(torch.float32)
 
 
 def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
@@ -313,7 +298,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
 
 
 aten = torch.ops.aten
-ALWAYS: dict[Any, Callable[..., Any]] = {aten.lerp.Tensor: _lerp, aten.lerp.Scalar: _lerp, aten.sign.default: _sign}
+ALWAYS: dict[Any, Callable[..., Any]] = {aten.lerp.Tensor: _lerp, aten.lerp.Scalar: _lerp}
 BLOCKED: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: _in_blocks(torch.sum),
     aten.amax.default: _in_blocks(torch.amax),

@@ -124,8 +124,9 @@ def chunks(call: Call) -> list[Chunk]:
     spec, kind, found, start = call.spec, call.items[0].kind, [], 0
     alone = kind.large or kind.layouts[0]  # what sharded ones ask other ranks for, `meet` joins
     narrow = any(dtype != torch.float32 for dtype in kind.dtypes)  # rounding is as much code again as the rule
-    long = not spec.elementwise and kind.device.type == "cpu"  # on a GPU a chunk takes few more launches than a tensor
-    size = 1 if alone else -(-CHUNK // (4 if long else 2 if narrow else 1))
+    cpu = kind.device.type == "cpu"  # on a GPU a chunk takes few more launches than a tensor
+    share = 4 if cpu and not spec.rule.elementwise else 2 if narrow or cpu and not spec.elementwise else 1
+    size = 1 if alone else -(-CHUNK // share)
     while start < len(call.items):
         items = call.items[start : start + size]
         items = items if len(items) == size else items[:1]

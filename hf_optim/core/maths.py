@@ -29,11 +29,6 @@ def at_most(x: Tensor, size: Tensor, limit: Tensor) -> Tensor:
     return x * (limit / size.where(size > limit, limit))
 
 
-def agrees(a: Tensor, b: Tensor) -> Tensor:
-    """Above 0 where both have the same sign, below where not, 0 where one is 0. The product would underflow."""
-    return a.sign() * b
-
-
 def factored_rsqrt(row: Tensor, col: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
     """The two factors R, C with `R_i C_j = 1 / sqrt(row_i col_j / mean)`, for statistics without axis b and axis a.
 

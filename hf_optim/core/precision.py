@@ -94,6 +94,12 @@ def read_codes(codes: Tensor, scale: Tensor) -> Tensor:
     return c * c.abs() * _of_each(scale, c)
 
 
+def xorsign(x: Tensor, y: Tensor) -> Tensor:
+    """`x`, negated where `y` is below 0 or -0.0: above 0 where signs agree. By bits: a product would underflow."""
+    whole = torch.int32 if y.dtype == torch.float32 else torch.int64
+    return (x.view(whole) ^ (y.view(whole) & torch.iinfo(whole).min)).view(x.dtype)
+
+
 def write_codes(codes: Tensor, scale: Tensor, value: Tensor, noise: Tensor) -> None:
     """Round fp32 to sign k^2 scale, k = 0 ... 127, up or down with probability equal to the distance: unbiased.
 
@@ -107,7 +113,7 @@ def write_codes(codes: Tensor, scale: Tensor, value: Tensor, noise: Tensor) -> N
     size = value.abs() / _of_each(new, value)
     k = torch.where(size < 2 * LEVELS**2, size.sqrt().floor(), 0.0)  # of NaN and of 0 / 0; no other is as large
     k = k + ((noise + 0.5) * (2 * k + 1) < (size - k.square()) * 65536)
-    codes.copy_(value.sign() * k.clamp(max=LEVELS))
+    codes.copy_(xorsign(k.clamp(max=LEVELS), value))
     scale.copy_(new)
 
 

@@ -4,16 +4,16 @@
 
 import torch
 
-from ..core import Flag, agrees, back, hp
+from ..core import Flag, back, hp, xorsign
 
 
 class Cautious(Flag):
     """Drop the components of the update that disagree with the gradient in sign, and rescale the rest.
 
-        mask = [sign(u) = sign(g) != 0]
+        mask = [sign(u) = sign(g) != 0]  (what of u = 0 it says is nothing to the product)
         u <- u mask / max(mean(mask), floor)
 
-    The mean is over the components where neither u nor g is 0: counting the others as misaligned multiplies the step
+    The mean is over the components where g is not 0: counting the others as misaligned multiplies the step
     of the few touched rows of an embedding by up to 1/floor (the reference code does). Moments are not masked; weight
     decay acts before and unmasked. https://huggingface.co/papers/2411.16085
     """
@@ -23,7 +23,7 @@ class Cautious(Flag):
 
     @staticmethod
     def apply(u, c):
-        sign = agrees(c.signs if u is c.u else u, c.g)
-        aligned, live = (back(x.sum(dtype=torch.int32), u) for x in (sign > 0, sign != 0))
+        mask = xorsign(c.g, c.signs if u is c.u else u) > 0
+        aligned, live = (back(x.sum(dtype=torch.int32), u) for x in (mask, c.g != 0))
         share = aligned / live.clamp(min=1.0)
-        return u * (back(sign > 0, u) * (1 / share.clamp(min=c.h.cautious_floor)))
+        return u * (back(mask, u) * (1 / share.clamp(min=c.h.cautious_floor)))

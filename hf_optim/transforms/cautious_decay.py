@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cautious weight decay."""
 
-from ..core import Flag, agrees
+from ..core import Flag, xorsign
 
 
 class CautiousDecay(Flag):
@@ -19,5 +19,5 @@ class CautiousDecay(Flag):
 
     @staticmethod
     def apply(p, c):
-        mask = (agrees(c.u, c.p) >= 0).to(p.dtype)
+        mask = (xorsign(c.u, c.p) >= 0).to(p.dtype)
         return c.h.weight_decay * mask * p

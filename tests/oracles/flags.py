@@ -130,10 +130,9 @@ def update(u, g, on):
 
 
 def cautious(u, g, floor):
-    """arXiv 2411.16085, with the mean over the components where neither u nor g is 0."""
+    """arXiv 2411.16085, with the mean over the components where g is not 0."""
     phi = ((u > 0) & (g > 0)) | ((u < 0) & (g < 0))
-    live = (u != 0) & (g != 0)
-    share = phi.sum().item() / max(live.sum().item(), 1)
+    share = phi.sum().item() / max((g != 0).sum().item(), 1)
     return torch.where(phi, u / max(share, floor), 0.0)
 
 
