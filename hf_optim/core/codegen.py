@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
@@ -144,8 +145,8 @@ class Programs:
         with torch.no_grad():
             fakes: list[Any] = [_fake(mode, x, i, self._sizes(x, rows)) for i, x in enumerate(args)]
             table = select_decomp_table() | ALWAYS | (BLOCKED if self.large and on_cpu else {})
-            with mode:
-                graph = make_fx(self.function, decomposition_table=table, tracing_mode="symbolic")(*fakes).graph
+            with mode, enable_python_dispatcher():
+                graph = make_fx(self.function, decomposition_table=table)(*fakes).graph
             graph.eliminate_dead_code()
             *before, (last, _) = [(_compile(part, mode, self.count), sends) for part, sends in parts(graph)]
         guards = env.produce_guards(fakes, [LocalSource(f"t{i}") for i in range(len(fakes))], ignore_static=False)
