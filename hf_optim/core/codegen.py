@@ -29,6 +29,7 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
+from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -51,6 +52,7 @@ from .graph import parts, reduce_late, store_small, write_early
 REGISTER = 16  # fp32 elements of the widest vector register
 VECTOR = 64  # elements in a row of an elementwise tensor, whose shape plays no part
 LARGE = 1 << 18  # elements from which a tensor that is reduced is stepped alone: it fills the cache
+AHEAD = 2048  # bytes from what a CPU reads to what it is told to fetch
 ROWS = 24  # of a block in which a CPU reduces over rows: the next line of memory of each is then near
 WIDTHS = 4  # lengths of rows that get code of their own, which is faster; further ones share code for any length
 VARIANTS = 12  # kinds of sizes that one step may be compiled for at all
@@ -72,7 +74,7 @@ NARROW_OPTIONS = {"realize_reads_threshold": 16, "realize_acc_reads_threshold": 
 INT8_OPTIONS = NARROW_OPTIONS | {"realize_opcount_threshold": 200}
 TAG = Path(__file__).read_text()  # Inductor's key to code on disk has neither `repaired` nor the length of vectors
 bitcast, recompute = CppVecOverrides.to_dtype_bitcast, SchedulerNode.recompute_size_and_body
-persistent = InductorChoices.should_use_persistent_reduction
+persistent, load_line = InductorChoices.should_use_persistent_reduction, CppVecKernel._get_vec_load_line
 mark_mutated, dry_compile = GraphLowering.mark_buffer_mutated, VecISA.check_build
 _built: set[str] = set()
 
@@ -228,6 +230,16 @@ def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
 
 
+def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) -> str:
+    """Tell the CPU what will be read soon. Alone it follows a few streams, each to the end of its page of 4 KB: steps
+    that read a weight, its gradient and state would wait a third of their time."""
+    line = load_line(kernel, var, index, dtype, *args)
+    if index == 0 or os.name == "nt":  # a buffer of the loop; another compiler
+        return line
+    ahead = f"{var} + {cexpr_index(index)} + {AHEAD // dtype.itemsize}"
+    return f"[&]{{ __builtin_prefetch({ahead}); return {line}; }}()"
+
+
 def _counted(kernel: Any, start: Any, stride: Any) -> Any:
     """Numbers from `start` on, by one addition. Inductor puts every one of them in its place in every vector."""
     vector = kernel._get_vec_type(start.dtype)
@@ -286,6 +298,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(InductorChoices, "should_use_persistent_reduction", staticmethod(of_known_length)),
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
+        patch.object(CppVecKernel, "_get_vec_load_line", _fetched),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
         patch.object(VecISA, "check_build", _built_before),
         patch.object(GraphLowering, "mark_buffer_mutated", _read_again),
