@@ -10,12 +10,13 @@ from ..core import Flag, back, hp, xorsign
 class Cautious(Flag):
     """Drop the components of the update that disagree with the gradient in sign, and rescale the rest.
 
-        mask = [sign(u) = sign(g) != 0]  (what of u = 0 it says is nothing to the product)
+        mask = [sign(u) = sign(g) != 0]
         u <- u mask / max(mean(mask), floor)
 
-    The mean is over the components where g is not 0: counting the others as misaligned multiplies the step
-    of the few touched rows of an embedding by up to 1/floor (the reference code does). Moments are not masked; weight
-    decay acts before and unmasked. https://huggingface.co/papers/2411.16085
+    The mean is over the components where g is not 0: counting the others as misaligned multiplies the step of the few
+    touched rows of an embedding by up to 1/floor (the reference code does). Where u is 0 and g is not, the sign that
+    the zero carries counts. Moments are not masked; weight decay acts before and unmasked.
+    https://huggingface.co/papers/2411.16085
     """
 
     flag, stage, elementwise, reads_gradient = "cautious", "update", False, True
