@@ -267,7 +267,7 @@ class Optimizer(torch.optim.Optimizer):
     keeps_loss: bool = False  # until the next report: DeepSpeed makes one step of each group
     _release: Release | None = None
     _since: Mapping[int, Any] = {}  # position of a group -> its options and the step that they came with
-    _used: tuple[Any, ...] | list[Any] = ()  # (step sizes, items) of every call of the last step
+    _used: list[execute.Used] | tuple[()] = ()  # of the last step
 
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
         given = options if lr is None else {"lr": lr, **options}
@@ -524,15 +524,15 @@ class Optimizer(torch.optim.Optimizer):
         with self._plainly():
             values = [self._values(call, scalars) for call in calls]
             self._measure(calls, values)
-            self._used = [(self._run_call(call, value, numel), call.items) for call, value in zip(calls, values)]
+            self._used = [used for call, value in zip(calls, values) for used in self._run_call(call, value, numel)]
 
-    def _run_call(self, call: plan.Call, values: dict[str, Any], numel: int) -> list[Any]:
-        """One call of a step of `numel` elements in all. Returns the step sizes of its items."""
+    def _run_call(self, call: plan.Call, values: dict[str, Any], numel: int) -> list[execute.Used]:
+        """One call of a step of `numel` elements in all."""
         t = call.t + 1
-        sizes = execute.run(call, values, execute.salts(call, call.group["seed"], t), self._backend(call, numel))
+        used = execute.run(call, values, execute.salts(call, call.group["seed"], t), self._backend(call, numel))
         for item in call.items:
             item.state["step"] = t
-        return sizes
+        return used
 
     def _backend(self, call: plan.Call, numel: int) -> str:
         """The loop until options that code is compiled for stay for a step: they may be on a schedule."""

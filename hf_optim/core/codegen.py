@@ -60,6 +60,7 @@ LAYOUTS = 32  # shapes of sharded tensors that one step may be compiled for: DTe
 OPTIONS: dict[str, Any] = {
     "size_asserts": False,  # of every tensor in every step
     "alignment_asserts": False,
+    "force_pointwise_cat": True,  # of step sizes: a view of the result for each takes longer
     # What is used twice is computed twice, faster than stored. Bounded: Inductor's time doubles with a use of a use.
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 50,

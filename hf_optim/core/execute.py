@@ -29,6 +29,8 @@ AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it 
 _broken: set[Any] = set()  # optimizers of this process that the compiler has failed on
 _sharded: Counter[Spec] = Counter()  # shapes of sharded tensors that it has worked on
 
+Used = tuple[Any, list[Item]]  # step sizes, in a list or a vector, and the items that were stepped by them
+
 
 def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
     """(salt, offset) of every item; zeros where nothing is rounded stochastically."""
@@ -37,12 +39,9 @@ def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
     return [(precision.salt(seed, t, item.index), item.offset) for item in call.items]
 
 
-def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backend: str) -> list[Any]:
-    """Run a call by the `backend` option (`auto` already resolved). Returns the step size used for each item.
-
-    A compiler that fails does so before anything is written: all steps of that optimizer go through the loop then,
-    with one warning.
-    """
+def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backend: str) -> list[Used]:
+    """Run a call by the `backend` option (`auto` already resolved). A compiler that fails does so before anything is
+    written: all steps of that optimizer go through the loop then, with one warning."""
     if call.items[0].kind.dense and fusable(call.spec, call.items[0].weight, backend):
         try:
             call.chunks = call.chunks or chunks(call)
@@ -58,7 +57,7 @@ def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backen
     return loop(call.spec, call.items, values, noise)
 
 
-def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
+def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Used]:
     """One item after the other in eager PyTorch; scalars are Python floats."""
     h = spec.hyper(values)
     used = []
@@ -66,7 +65,7 @@ def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tupl
         for weight, g, bufs, start in _pieces(item, item.gradient(spec.elementwise)):
             size = step_tensor(spec, weight, g, bufs, h, salt, precision.int32(offset + start))
         used.append(size)
-    return used
+    return [(used, items)]
 
 
 def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], int]]:
@@ -90,15 +89,15 @@ def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, T
                 x.copy_(filled[: x.numel()])
 
 
-def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Any]:
+def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Used]:
     """The compiled chunks. Scalars travel in one fp32 tensor, so no value ever recompiles."""
     spec, device = call.spec, call.items[0].weight.device
     packed = pack([values[name] for name in spec.dynamic], torch.float32, device)
     pairs = pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device) if spec.noisy else None
-    used: list[Any] = []
+    used: list[Used] = []
     for chunk, args in _met(call.chunks, packed, pairs):
         out = chunk.program.code(args)
-        used += out[0].unbind() if spec.rule.returns_lr else [values["lr"]] * len(chunk.items)
+        used.append((out[0] if spec.rule.returns_lr else [values["lr"]] * len(chunk.items), chunk.items))
     return used
 
 
@@ -116,7 +115,7 @@ def _met(chunks: list[Chunk], packed: Tensor, pairs: Tensor | None) -> Iterator[
 
 def _arguments(chunk: Chunk, packed: Tensor, pairs: Tensor | None) -> list[Tensor]:
     noise = [] if pairs is None else [pairs[4 * chunk.start : 4 * (chunk.start + len(chunk.items))]]
-    return [*chunk.fixed, *(item.gradient(local=True) for item in chunk.items), packed, *noise]
+    return [*chunk.fixed, *[item.given(local=True) for item in chunk.items], packed, *noise]
 
 
 def chunks(call: Call) -> list[Chunk]:
@@ -155,6 +154,8 @@ def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
             for _ in range(count)
         ]
         grads = [placed(next(rest), of_gradient) for _ in range(count)]
+        if spec.elementwise:  # they come as backward left them: a view would cost as much as the rest of a small step
+            grads = [g.view_as(weight) for g, (weight, _) in zip(grads, own)]
         scalars = [sharding.beside(x, own[0][0]) for x in next(rest).unbind()]
         h = spec.hyper(dict(zip(spec.dynamic, scalars)))
         pairs = next(rest).unbind() if spec.noisy else (0, 0, 0, 0) * count  # 16 bytes each: Inductor aligns inputs

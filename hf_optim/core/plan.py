@@ -43,29 +43,30 @@ class Item:
     flat: bool
     weight: Tensor
     bufs: dict[str, Tensor]
-    pointer: int
-    shape: torch.Size  # of the gradient, as `pointer` of this rank
-    kept: list[tuple[str, ref[Tensor], int]]  # the buffers in the state that `bufs` alias, and their addresses
+    pointers: list[int]  # addresses of weight and state that the aliases were made of; empty once one is gone
+    shape: torch.Size  # of the gradient, as `pointers` of this rank
+    kept: list[ref[Tensor]]  # that state
     sharded: bool
     kind: Kind
 
-    def gradient(self, local: bool) -> Tensor:
+    def given(self, local: bool) -> Tensor:
         g = self.p.grad
         assert g is not None
-        g = sharding.local(g) if local and self.sharded else g
-        return g.view_as(self.weight) if self.flat else g  # `view` takes three times as long
+        return sharding.local(g) if local and self.sharded else g
+
+    def gradient(self, local: bool) -> Tensor:
+        """In the shape of `weight`."""
+        return self.given(local).view_as(self.weight) if self.flat else self.given(local)  # faster than `view`
 
     def current(self) -> bool:
         """Whether storage, state and kind of gradient are still those that aliases and code were made for."""
-        g, p, state = self.p.grad, self.p, self.state
+        g, tensors = self.p.grad, [self.p, *[self.state[name] for name in self.bufs]]
         if g is None or g.layout != torch.strided:
             return False
-        for name, buffer, pointer in self.kept:  # offloading replaces them without telling
-            if state[name] is not buffer() or sharding.local(state[name]).data_ptr() != pointer:
-                return False
         if self.sharded:
-            g, p = sharding.local(g), sharding.local(p.detach())
-        same = p.data_ptr() == self.pointer and g.shape == self.shape and g.dtype == self.kind.dtypes[1]
+            g, tensors = sharding.local(g), [sharding.local(x.detach()) for x in tensors]
+        same = [*map(Tensor.data_ptr, tensors)] == self.pointers  # offloading replaces them without telling
+        same = same and g.shape == self.shape and g.dtype == self.kind.dtypes[1]
         return same and (not self.kind.dense or g.is_contiguous())
 
 
@@ -110,17 +111,15 @@ class Plan:
         self.numel = sum(item.p.numel() for item in self.items)  # of all ranks: they compile together or not at all
 
     def current(self, optimizer: Optimizer) -> bool:
-        state = optimizer.state
-        return self.signature == signature(optimizer) and all(
-            item.current() and state[item.p] is item.state for item in self.items
-        )
+        return self.signature == signature(optimizer) and all(item.current() for item in self.items)
 
 
 def signature(optimizer: Optimizer) -> list[Any]:
-    """The static options of every group, and its parameters (by identity): which train, which have a gradient now."""
-    static, groups = optimizer.static_options(), optimizer.param_groups
-    options = [[v for k, v in group.items() if k in static] for group in groups]
-    return options + [[(id(p), p.requires_grad, p.grad is None) for p in group["params"]] for group in groups]
+    """Static options of every group, parameters and state (by identity): which train, which have a gradient now."""
+    static, groups, params = optimizer.static_options(), optimizer.param_groups, [*optimizer.parameters()]
+    options = [([v for k, v in group.items() if k in static], len(group["params"])) for group in groups]
+    seen = [[p.requires_grad for p in params], [p.grad is None for p in params]]
+    return [options, *seen, [*map(id, params)], [*map(id, optimizer.state.values())]]  # a lookup would hash a tensor
 
 
 def with_gradient(optimizer: Optimizer) -> list[tuple[int, int, Tensor]]:
@@ -139,10 +138,11 @@ def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call
     return list(calls.values())
 
 
-def _watched(buffer: Tensor, *aliases: Tensor) -> ref[Tensor]:
+def _watched(buffer: Tensor, pointers: list[int], *aliases: Tensor) -> ref[Tensor]:
     """A reference to a state buffer. When that is moved away (to offload it, say), these let go of memory at once."""
 
     def let_go(_: Any) -> None:
+        pointers.clear()  # they may be those of other tensors now
         for alias in aliases:
             alias.data = alias.new_empty(0)  # by `set_`, the weight would count as changed
 
@@ -157,16 +157,15 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
-    pointer, shape = sharding.local(weight).data_ptr(), sharding.local(g).shape
+    pointers, shape = [sharding.local(x).data_ptr() for x in (weight, *bufs.values())], sharding.local(g).shape
     dense = weight.numel() > 0 and all(sharding.local(x).is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
         weight, g, bufs = flatten(weight), flatten(g), {name: flatten(b) for name, b in bufs.items()}
-    aliases = {name: (sharding.local(weight), sharding.local(b)) for name, b in bufs.items()}
-    kept = [(n, _watched(state[n], *own), own[1].data_ptr()) for n, own in aliases.items()]
+    kept = [_watched(state[name], pointers, sharding.local(weight), sharding.local(b)) for name, b in bufs.items()]
     offset = precision.int32(sharding.flat_offset(p)) if spec.noisy else 0
     tensors = [weight, g, *bufs.values()]
     sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
     layouts, dtypes = tuple(map(sharding.layout, tensors)), tuple(x.dtype for x in tensors)
     kind = Kind(sizes, layouts, dtypes, weight.device, dense, not spec.elementwise and weight.numel() >= LARGE)
-    return Item(p, state, index, offset, flat, weight, bufs, pointer, shape, kept, sharding.is_sharded(p), kind)
+    return Item(p, state, index, offset, flat, weight, bufs, pointers, shape, kept, sharding.is_sharded(p), kind)

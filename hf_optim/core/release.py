@@ -99,7 +99,7 @@ class Release:
             key = (call.position, call.t, call.items[0].weight.device)
             if key not in self.values:
                 self.values[key] = self.optimizer._values(call, scalars)
-            self.used.append((self.optimizer._run_call(call, self.values[key], self.numel), call.items))
+            self.used += self.optimizer._run_call(call, self.values[key], self.numel)
             torch.autograd.graph.increment_version(part.p)  # where backward still needs it as it was: an error, then
 
     def _absorb(self, part: Part) -> None:
