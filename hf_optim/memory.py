@@ -187,7 +187,8 @@ def _temporaries(optimizer: Optimizer, counts: dict[Tensor, int], backend: str) 
                 optimizer.step(loss=loss)
             p.grad = None
             spec, chosen = optimizer.spec(group, p, {}), execute.resolve(backend, total)
-            compiled = execute.fusable(spec, p, chosen) and not live.products and not optimizer.all_sums(group)
+            eager = live.products or (spec.sums and sharding.is_sharded(p))
+            compiled = execute.fusable(spec, p, chosen) and not eager
             peak = max(peak, _compiled(spec, p, optimizer.state[p]) if compiled else live.peak)
     return peak
 
@@ -196,8 +197,8 @@ def _compiled(spec: Spec, p: Tensor, state: dict[str, Any]) -> int:
     """At most what a compiled step keeps for a parameter.
 
     An elementwise rule is one pass, and passes on the scales of int8 codes only. Any other rule passes on vectors, and
-    the sums of a block of rows each: that was measured (tests/test_memory.py, test_int8.py). Products of matrices and
-    whole-model sums stay as they are in the loop.
+    the sums of a block of rows each: that was measured (tests/test_memory.py, test_int8.py). Products of matrices stay
+    as they are in the loop, and so do whole-model sums of shards.
     """
     p, buffers = sharding.local(p), [sharding.local(x) for x in state.values() if isinstance(x, Tensor)]
     small = sum(x.nbytes for x in buffers if x.numel() < p.numel())

@@ -18,6 +18,7 @@ from conftest import advance, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
 from torch._dynamo.utils import counters
+from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.cpu_vec_isa import VecAMX, VecAVX2, VecAVX512
 from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import fresh_cache
@@ -419,6 +420,48 @@ def test_code_on_disk_is_for_the_vectors_of_this_machine(monkeypatch):
             assert counters["inductor"]["fxgraph_cache_hit"] == hits
 
 
+def test_code_on_disk_is_for_the_sizes_that_it_was_written_for(monkeypatch):
+    """Left to itself, Inductor sums more than 4096 entries by other code."""
+    monkeypatch.setattr(codegen, "_in_parts", CppKernel.need_use_acc_helper)
+    with fresh_cache():
+        for rows, hits in ((128, 0), (8, 0), (128, 1), (8, 1)):
+            counters.clear()
+            compare_with_inductor("lamb", [(rows, 100)])
+            assert counters["inductor"]["fxgraph_cache_hit"] == hits
+
+
+def test_sums_over_the_model_are_one_program_for_all_sizes(monkeypatch):
+    monkeypatch.setattr(execute, "CHUNK", 4)
+    shapes = [(16, 8), (80, 80), (80, 80), (16, 8), (16, 16), (16, 8)]
+    _, params, optimizer, theirs = compare_with_inductor(
+        "stable_decay_adamw", shapes, decay="stable", weight_decay=0.1
+    )
+    (call,) = optimizer._plan.calls
+    assert len(call.chunks) == 3 and len({id(chunk.sums.code) for chunk in call.chunks}) == 1
+    assert far(theirs, params) < 2e-6
+
+
+OF_THE_MODEL = {
+    "am_sgd": {"scope": "model"},
+    "nsgda": {"scope": "model"},
+    "stable_decay_adamw": {"decay": "stable"},
+    "adafactor_corrected": {"decay": "stable"},
+}
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, {}), (BF16, {"state_dtype": "int8"})])
+@pytest.mark.parametrize("which", OF_THE_MODEL)
+def test_sums_over_the_model_equal_those_of_the_loop(which, dtype, rounding, graphs, monkeypatch):
+    options = {**OF_THE_MODEL[which], "weight_decay": 0.1, **rounding}
+    one, params = build(which, MODEL, dtype, backend="loop", **options)
+    two, theirs = build(which, MODEL, dtype, backend="fused", **options)
+    advance(one, params, 3)
+    advance(two, theirs, 1)
+    monkeypatch.setattr(execute, "measure_tensor", None)  # they are in the code: no tensor is measured by itself
+    advance(two, theirs, 2, first=2)
+    assert graphs and not execute._broken and far(theirs, params) < (2e-6 if dtype == torch.float32 else 4e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [False, True])
 def test_generated_code_equals_the_loop_for_all(name, flags):
@@ -457,10 +500,13 @@ def test_what_waits_for_no_reduction_comes_before_them(which, early, graphs):
 
 
 @pytest.mark.parametrize(
-    "which", [pytest.param(n, marks=pytest.mark.slow) for n in ("lamb", "smmf", "sm3")] + ["adafactor_corrected"]
+    "which",
+    [pytest.param(n, marks=pytest.mark.slow) for n in ("lamb", "smmf", "sm3")]
+    + ["adafactor_corrected", "am_sgd", "stable_decay_adamw"],
 )
 def test_no_temporary_is_as_large_as_the_weight(which):
-    optimizer, params = build(which, [(1024, 512)], backend="fused", weight_decay=0.1)
+    options = {"backend": "fused", "weight_decay": 0.1, **OF_THE_MODEL.get(which, {})}
+    optimizer, params = build(which, [(1024, 512)], **options)
     advance(optimizer, params, 2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         optimizer.step()

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checkpoint, execute, plan, precision, sharding
 from .flags import FLAGS, Flag, chosen, switch, techniques
 from .options import Option, collect, hp, unknown
-from .pipeline import KAHAN, Spec, View, measure_tensor
+from .pipeline import KAHAN, Spec, View
 from .release import Release, refuse_gradients
 from .sharding import Slot
 
@@ -466,9 +466,9 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}: no state fits: an option, shape or dtype changed; make it anew")
         narrow = tuple(n for n in made if state[n].dtype == torch.bfloat16)
         coded = tuple(n for n in made if precision.scale_of(n) in state.keys() - made.keys())
-        dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *self.all_sums(group))
-        stages = tuple((flag, flag.acts_at(h)) for flag in flags)
-        return Spec(type(self), static, dynamic, stages, tuple(made), rounding, narrow, coded)
+        sums, stages = self.all_sums(group), tuple((flag, flag.acts_at(h)) for flag in flags)
+        dynamic = (*DYNAMIC, *self._host_scalars(group, flags, 1), *scalars, *sums)
+        return Spec(type(self), static, dynamic, stages, tuple(made), rounding, narrow, sums, coded)
 
     def all_sums(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the whole-model sums that the rule and the flags of a group ask for."""
@@ -523,13 +523,14 @@ class Optimizer(torch.optim.Optimizer):
     def _run(self, calls: list[plan.Call], scalars: list[dict[str, Tensor]], numel: int) -> None:
         with self._plainly():
             values = [self._values(call, scalars) for call in calls]
-            self._measure(calls, values)
+            self._measure(calls, values, numel)
             self._used = [used for call, value in zip(calls, values) for used in self._run_call(call, value, numel)]
 
     def _run_call(self, call: plan.Call, values: dict[str, Any], numel: int) -> list[execute.Used]:
         """One call of a step of `numel` elements in all."""
         t = call.t + 1
-        used = execute.run(call, values, execute.salts(call, call.group["seed"], t), self._backend(call, numel))
+        way = execute.fused if execute.ready(call, self._backend(call, numel)) else execute.loop
+        used = way(call, values, execute.salts(call, call.group["seed"], t))
         for item in call.items:
             item.state["step"] = t
         return used
@@ -556,27 +557,20 @@ class Optimizer(torch.optim.Optimizer):
         shared = {name: x.to(device, non_blocking=True) for name, x in scalars[call.position].items()}
         return fixed | self._host_scalars(group, flags, call.t + 1) | shared
 
-    def _measure(self, calls: list[plan.Call], values: list[dict[str, Any]]) -> None:
+    def _measure(self, calls: list[plan.Call], values: list[dict[str, Any]], numel: int) -> None:
         """Whole-model sums: one pass over the tensors that add to them, one reduction per device mesh."""
-        names = [self.all_sums(call.group) for call in calls]
         totals: dict[str, dict[Any, Any]] = {}
-        parts = [(item, call, h) for call, h, wanted in zip(calls, values, names) if wanted for item in call.items]
-        for item, call, value in sorted(parts, key=lambda part: part[0].index):  # it may communicate: ranks in step
-            whole_bufs = {name: x for name, x in item.state.items() if name != "step"}
-            assert item.p.grad is not None
-            h = call.spec.hyper(value)
-            part = measure_tensor(call.spec, item.p.detach(), item.p.grad.detach(), whole_bufs, h)
-            for name, x in part.items():  # results with equal placements add up before they are reduced
+        asked = [(call, value) for call, value in zip(calls, values) if call.spec.sums]
+        parts = [x for call, value in asked for x in execute.summands(call, value, self._backend(call, numel))]
+        for _, measure in sorted(parts, key=lambda part: part[0]):
+            for name, x in measure().items():  # results with equal placements add up before they are reduced
                 place = tuple(getattr(x, key, None) for key in ("device_mesh", "placements", "device"))
                 sums = totals.setdefault(name, {})
                 sums[place] = sums[place] + x if place in sums else x
         device = self._device()
         full = {name: sum(sharding.whole(x, device) for x in sums.values()) for name, sums in totals.items()}
-        for call, value, wanted in zip(calls, values, names):
-            own = call.items[0].weight.device
-            for name in wanted:
-                x = full[name]
-                value[name] = x.to(own, non_blocking=True) if isinstance(x, Tensor) else x
+        for call, value in asked:
+            value |= {name: sharding.whole(full[name], call.items[0].weight.device) for name in call.spec.sums}
 
     def effective_lr(self) -> float | None:
         """The step size of the last step, averaged over all weights it moved; None before the first step.

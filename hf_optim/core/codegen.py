@@ -28,7 +28,8 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
-from torch._inductor.codegen.cpp import CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
+from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codegen.cpp import CppKernel, CppScheduling, CppVecKernel, CppVecOverrides, TilingSelect
 from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
@@ -94,11 +95,6 @@ class Program:
     condition: str
     env: ShapeEnv
     before: list[tuple[Code, list[sharding.Collective]]]  # parts of the step that end by asking other ranks
-
-    @property
-    def alone(self) -> bool:
-        """Whether a tensor as a whole is sent to other ranks: not to be done with many at once."""
-        return not all(collective.adds for _, sends in self.before for collective in sends)
 
     def meet(self, every: list[list[Tensor]]) -> None:
         """Complete the arguments of several calls by what `code` needs from other ranks."""
@@ -200,18 +196,13 @@ def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic
 def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
     """Over the rows of a block, then over blocks: one column after the other, memory would be read in large steps."""
 
-    inside = False  # blocks are reduced as they are: code in more steps would be code for fewer sizes
-
     def decomposed(x: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> Any:
-        nonlocal inside
-        if inside or x.ndim < 2 or list(dim) != [0] or keepdim or options or x.shape[0] < 2 * ROWS:
+        if x.ndim < 2 or list(dim) != [0] or keepdim or options or x.shape[0] < 2 * ROWS:
             return NotImplemented
-        inside, whole = True, x.shape[0] // ROWS * ROWS
-        try:
-            out = reduce(reduce(x[:whole].unflatten(0, (-1, ROWS)), [1]), [0])
-            return out if x.shape[0] % ROWS == 0 else reduce(torch.stack([out, reduce(x[whole:], [0])]), [0])
-        finally:
-            inside = False
+        whole = x.shape[0] // ROWS * ROWS
+        blocks = reduce(x[:whole].unflatten(0, (-1, ROWS)), [1])
+        out = reduce(blocks.unsqueeze(0), [1])  # as they are: code in more steps would be code for fewer sizes
+        return out[0] if x.shape[0] == whole else reduce(torch.cat([out, reduce(x[whole:].unsqueeze(0), [1])]), [0])
 
     return decomposed
 
@@ -241,6 +232,12 @@ def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) 
     return f"[&]{{ __builtin_prefetch({ahead}); return {line}; }}()"
 
 
+def _in_parts(kernel: Any, kind: str, dtype: torch.dtype, use_scalar: bool) -> bool:
+    """Whether a sum is made of partial ones, for its precision: that of a tensor. Inductor goes by the size now: other
+    code for up to 4096, and for 16 tensors other code for every choice of small ones among them."""
+    return kind == "welford_reduce" or (kind == "sum" and dtype == torch.float and kernel.reduction_depth == 0)
+
+
 def _counted(kernel: Any, start: Any, stride: Any) -> Any:
     """Numbers from `start` on, by one addition. Inductor puts every one of them in its place in every vector."""
     vector = kernel._get_vec_type(start.dtype)
@@ -263,6 +260,12 @@ def _read_again(lowering: Any, name: str) -> None:
     alive = {id(x) for x in tree_leaves([*lowering.env.values()])}
     lowering.name_to_users[name] = [x for x in lowering.name_to_users[name] if id(x) in alive]
     mark_mutated(lowering, name)
+
+
+def _sizes_of(inputs: Sequence[Any]) -> list[torch.SymInt]:
+    """The sizes that code was written for, as conditions that are kept with it on disk. Inductor knows those of sizes
+    that are inputs themselves: without, code with 32-bit indices, say, would serve tensors of any size."""
+    return [*{str(n): n for x in inputs for n in x.shape if isinstance(n, torch.SymInt)}.values()]
 
 
 def _built_before(isa: Any, code: str) -> bool:
@@ -299,9 +302,11 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(InductorChoices, "should_use_persistent_reduction", staticmethod(of_known_length)),
         patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
         patch.object(CppVecKernel, "arange", _counted),
+        patch.object(CppKernel, "need_use_acc_helper", _in_parts),
         patch.object(CppVecKernel, "_get_vec_load_line", _fetched),
         patch.object(SchedulerNode, "recompute_size_and_body", _written_first),
         patch.object(VecISA, "check_build", _built_before),
+        patch.object(FxGraphCache, "_filter_backed_symints", staticmethod(_sizes_of)),
         patch.object(GraphLowering, "mark_buffer_mutated", _read_again),
         # A buffer that was written in place is read by another name: no error (pytorch#196570), Inductor only asks
         # whether the buffer could be kept for one loop, and it could not.

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import codegen, precision, sharding
-from .pipeline import Spec, step_tensor
+from .pipeline import Spec, measure_tensor, step_tensor
 from .plan import Call, Chunk, Item, Kind
 from .sharding import placed
 
@@ -39,33 +39,31 @@ def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
     return [(precision.salt(seed, t, item.index), item.offset) for item in call.items]
 
 
-def run(call: Call, values: dict[str, Any], noise: list[tuple[int, int]], backend: str) -> list[Used]:
-    """Run a call by the `backend` option (`auto` already resolved). A compiler that fails does so before anything is
-    written: all steps of that optimizer go through the loop then, with one warning."""
-    if call.items[0].kind.dense and fusable(call.spec, call.items[0].weight, backend):
-        try:
-            call.chunks = call.chunks or chunks(call)
-        except Exception as error:  # whatever goes wrong in tracing and compiling: the loop is always right
-            _broken.add(call.spec.rule)
-            logger.warning(
-                "the compiler failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
-                call.spec.rule.__name__,
-                str(error).strip().split("\n")[0],
-            )
-        else:
-            return fused(call, values, noise)
-    return loop(call.spec, call.items, values, noise)
+def ready(call: Call, backend: str) -> bool:
+    """Whether to run compiled code, by the `backend` option (`auto` already resolved). A compiler that fails does so
+    before anything is written: all steps of that optimizer go through the loop then, with one warning."""
+    if not call.items[0].kind.dense or not fusable(call.spec, call.items[0].weight, backend):
+        return False
+    try:
+        call.chunks = call.chunks or chunks(call)
+    except Exception as error:  # whatever goes wrong in tracing and compiling: the loop is always right
+        _broken.add(call.spec.rule)
+        logger.warning(
+            "the compiler failed for %s; the eager loop takes over (`backend='loop'` silences this): %s",
+            call.spec.rule.__name__,
+            str(error).strip().split("\n")[0],
+        )
+    return bool(call.chunks)
 
 
-def loop(spec: Spec, items: list[Item], values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Used]:
+def loop(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Used]:
     """One item after the other in eager PyTorch; scalars are Python floats."""
-    h = spec.hyper(values)
-    used = []
-    for item, (salt, offset) in zip(items, noise):
+    spec, h, used = call.spec, call.spec.hyper(values), list[Any]()
+    for item, (salt, offset) in zip(call.items, noise):
         for weight, g, bufs, start in _pieces(item, item.gradient(spec.elementwise)):
             size = step_tensor(spec, weight, g, bufs, h, salt, precision.int32(offset + start))
         used.append(size)
-    return [(used, items)]
+    return [(used, call.items)]
 
 
 def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], int]]:
@@ -90,41 +88,55 @@ def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, T
 
 
 def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> list[Used]:
-    """The compiled chunks. Scalars travel in one fp32 tensor, so no value ever recompiles."""
-    spec, device = call.spec, call.items[0].weight.device
-    packed = pack([values[name] for name in spec.dynamic], torch.float32, device)
-    pairs = pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device) if spec.noisy else None
+    """The compiled chunks."""
     used: list[Used] = []
-    for chunk, args in _met(call.chunks, packed, pairs):
+    for chunk, args in _met(call, values, noise):
         out = chunk.program.code(args)
-        used.append((out[0] if spec.rule.returns_lr else [values["lr"]] * len(chunk.items), chunk.items))
+        used.append((out[0] if call.spec.rule.returns_lr else [values["lr"]] * len(chunk.items), chunk.items))
     return used
 
 
-def _met(chunks: list[Chunk], packed: Tensor, pairs: Tensor | None) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Every chunk with its arguments; those of sharded tensors after all of them have met the other ranks."""
-    program = chunks[0].program
-    together = len(chunks) if program.before and not program.alone else 1
-    for first in range(0, len(chunks), together):
-        batch = chunks[first : first + together]
-        every = [_arguments(chunk, packed, pairs) for chunk in batch]
+def summands(call: Call, values: dict[str, Any], backend: str) -> list[tuple[int, Callable[[], dict[str, Any]]]]:
+    """What adds to the whole-model sums, and in which order: those of shards may ask other ranks."""
+    spec, h, items = call.spec, call.spec.hyper(values), call.items
+    if any(item.sharded for item in items) or not ready(call, backend):
+        given = [(item, item.p.detach(), item.given(local=False).detach()) for item in items]
+        return [(item.index, partial(measure_tensor, spec, p, g, item.state, h)) for item, p, g in given]
+
+    def compiled() -> dict[str, Any]:
+        nothing = [(0, 0)] * len(items)  # is rounded
+        parts = [chunk.sums.code(args)[0] for chunk, args in _met(call, values, nothing) if chunk.sums]
+        return dict(zip(spec.sums, torch.stack(parts).sum(0)))
+
+    return [(-1, compiled)]
+
+
+def _met(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> Iterator[tuple[Chunk, list[Tensor]]]:
+    """Every chunk with its arguments; those of sharded tensors after all of them have met the other ranks. Scalars
+    travel in one fp32 tensor, so no value ever recompiles."""
+    spec, device, program = call.spec, call.items[0].weight.device, call.chunks[0].program
+    packed = pack([values.get(name, 0.0) for name in spec.dynamic], torch.float32, device)
+    pairs = pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device) if spec.noisy else None
+    adds = all(collective.adds for _, sends in program.before for collective in sends)
+    together = len(call.chunks) if program.before and adds else 1  # not where whole tensors are sent
+    for first in range(0, len(call.chunks), together):
+        batch = call.chunks[first : first + together]
+        every = [[*chunk.fixed, *[item.given(local=True) for item in chunk.items], packed] for chunk in batch]
+        for chunk, args in zip(batch, every):
+            args += [] if pairs is None else [pairs[4 * chunk.start : 4 * (chunk.start + len(chunk.items))]]
         if program.before:
             program.meet(every)
         yield from zip(batch, every)
-
-
-def _arguments(chunk: Chunk, packed: Tensor, pairs: Tensor | None) -> list[Tensor]:
-    noise = [] if pairs is None else [pairs[4 * chunk.start : 4 * (chunk.start + len(chunk.items))]]
-    return [*chunk.fixed, *[item.given(local=True) for item in chunk.items], packed, *noise]
 
 
 def chunks(call: Call) -> list[Chunk]:
     """The items in full chunks, then one by one: two sizes of code, whatever the number of tensors."""
     spec, kind, found, start = call.spec, call.items[0].kind, [], 0
     alone = kind.large or kind.layouts[0]  # what sharded ones ask other ranks for, `meet` joins
-    narrow = any(dtype != torch.float32 for dtype in kind.dtypes)  # rounding is as much code again as the rule
+    long = any(dtype != torch.float32 for dtype in kind.dtypes)  # rounding is as much code again as the rule
     cpu = kind.device.type == "cpu"  # on a GPU a chunk takes few more launches than a tensor
-    share = 4 if cpu and not spec.rule.elementwise else 2 if narrow or cpu and not spec.elementwise else 1
+    long = long or cpu and (bool(spec.sums) or not spec.elementwise)
+    share = 4 if cpu and not spec.rule.elementwise else 2 if long else 1
     size = 1 if alone else -(-CHUNK // share)
     while start < len(call.items):
         items = call.items[start : start + size]
@@ -139,12 +151,14 @@ def _chunk(spec: Spec, items: list[Item], start: int) -> Chunk:
     example = [*fixed, *(item.gradient(local=True) for item in items)]
     kinds = [(len(spec.dynamic), torch.float32), *([(4 * len(items), torch.int32)] if spec.noisy else [])]
     example += [torch.zeros(n, dtype=dtype, device=fixed[0].device) for n, dtype in kinds]
-    return Chunk(items, start, fixed, programs(spec, items[0].kind, len(items)).serving(example))
+    code = partial(programs, spec, items[0].kind, len(items))
+    sums = code(True).serving(example) if spec.sums and not any(item.sharded for item in items) else None
+    return Chunk(items, start, fixed, code(False).serving(example), sums)
 
 
 @cache
-def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
-    """The compiled code for tensors of a kind, `count` at a time."""
+def programs(spec: Spec, kind: Kind, count: int, sums: bool) -> codegen.Programs:
+    """The compiled code for tensors of a kind, `count` at a time: of their step, or of what they add to `sums`."""
     place, of_gradient, *of_bufs = kind.layouts
 
     def step(*args: Tensor) -> list[Tensor]:
@@ -158,6 +172,10 @@ def programs(spec: Spec, kind: Kind, count: int) -> codegen.Programs:
             grads = [g.view_as(weight) for g, (weight, _) in zip(grads, own)]
         scalars = [sharding.beside(x, own[0][0]) for x in next(rest).unbind()]
         h = spec.hyper(dict(zip(spec.dynamic, scalars)))
+        if sums:
+            found = [measure_tensor(spec, weight, g, bufs, h) for (weight, bufs), g in zip(own, grads)]
+            zero = torch.zeros((), device=kind.device)  # parts may be numbers
+            return [torch.stack([sum((part[name] for part in found), zero) for name in spec.sums])]
         pairs = next(rest).unbind() if spec.noisy else (0, 0, 0, 0) * count  # 16 bytes each: Inductor aligns inputs
         used = [
             step_tensor(spec, weight, g, bufs, h, pairs[4 * i], pairs[4 * i + 1])

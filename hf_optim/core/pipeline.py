@@ -48,6 +48,7 @@ class Spec:
     buffers: tuple[str, ...]
     rounding: str  # nearest | stochastic | kahan, for this tensor's dtype
     narrow: tuple[str, ...]  # bf16 state, always rounded stochastically (nearest would stall an average)
+    sums: tuple[str, ...] = ()  # of the whole model, which `dynamic` has, too
     coded: tuple[str, ...] = ()  # int8 state, rounded in the same way; its scales are buffers that no rule sees
 
     @property

@@ -109,12 +109,9 @@ class Release:
         spec, item = self._item(part)
         call = Call(part.position, self.optimizer.param_groups[part.position], spec, [item])
         t = call.t + 1
-        key = (part.position, t)
-        if key not in self.values:
-            flags = tuple(flag for flag, _ in spec.flags)
-            self.values[key] = self.optimizer._host_scalars(call.group, flags, t)
+        values = self.optimizer._host_scalars(call.group, tuple(flag for flag, _ in spec.flags), t)
         ((salt, offset),) = execute.salts(call, call.group["seed"], t)
-        g, h = item.gradient(spec.elementwise), spec.hyper(self.values[key])
+        g, h = item.gradient(spec.elementwise), spec.hyper(values)
         absorb_tensor(spec, g, item.bufs, h, salt, offset, part.absorbed)
 
     # ---- what is kept from step to step ----------------------------------------------------------------------------

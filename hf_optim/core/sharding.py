@@ -38,11 +38,7 @@ class Slot(NamedTuple):
 
 
 def like(
-    p: Tensor,
-    fill: float | str = 0.0,
-    narrow: bool = True,
-    dtype: torch.dtype | None = None,
-    positive: bool = False,
+    p: Tensor, fill: float | str = 0.0, narrow: bool = True, dtype: torch.dtype | None = None, positive: bool = False
 ) -> Slot:
     """A buffer with the shape, strides and placement of the parameter."""
     return Slot(tuple(p.shape), tuple(range(p.ndim)), dtype=dtype, narrow=narrow, fill=fill, positive=positive)
@@ -243,9 +239,7 @@ def _amax(x: Tensor, keep_axis: int) -> Tensor:
     others = [a for a in range(x.ndim) if a != keep_axis]
     if not others:
         return x
-    if x.numel() == 0:
-        return x.new_zeros(x.shape[keep_axis])
-    return x.amax(others)
+    return x.amax(others) if x.numel() else x.new_zeros(x.shape[keep_axis])
 
 
 def flat_offset(p: Tensor) -> int:
@@ -306,9 +300,5 @@ def side_by_side(*vectors: Tensor) -> tuple[list[Tensor], slice]:
     n = len(vectors[0])
     longest = torch.tensor(n, device=vectors[0].device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    room, joined = int(longest), []
-    for x in vectors:
-        parts = [x.new_empty(room) for _ in range(world_size())]
-        dist.all_gather(parts, torch.nn.functional.pad(x, (0, room - n)))
-        joined.append(torch.cat(parts))
-    return joined, slice(rank() * room, rank() * room + n)
+    start, after = rank() * int(longest), (world_size() - rank()) * int(longest) - n
+    return [sum_over_ranks(torch.nn.functional.pad(x, (start, after))) for x in vectors], slice(start, start + n)
