@@ -215,8 +215,8 @@ def test_200_steps_in_float32(name):
     assert Run(name).go(200) < bar(name)
 
 
-def test_float64_weights_match_every_option_to_the_last_digits(name):
-    assert not failures(name, oracles.load(name).CASES, 40, exact(name), dtype=torch.float64)
+def test_float64_weights_match_every_option_to_the_last_digits(second_name):
+    assert not failures(second_name, oracles.load(second_name).CASES, 40, exact(second_name), dtype=torch.float64)
 
 
 def test_every_option_in_float32(second_name):
@@ -233,14 +233,14 @@ def test_cases_that_round_on_purpose(name):
 
 
 @pytest.mark.parametrize("zeros", [0.5, 1.0])
-def test_zero_gradient_entries(name, zeros):
+def test_zero_gradient_entries(second_name, zeros):
     # all flags in float64: a centred gradient near 0 has few digits left, and an adaptive ratio passes that on
-    for dtype, cases in ((torch.float32, [{}]), (torch.float64, combinations(name))):
+    for dtype, cases in ((torch.float32, [{}]), (torch.float64, combinations(second_name))):
         for case in cases:
-            run = Run(name, dtype=dtype, **case)
+            run = Run(second_name, dtype=dtype, **case)
             for t in range(30):  # from the first step on, and later
                 run.step(zeros=zeros if t % 10 < 5 else 0.0)
-            assert run.error() < (bar(name) if dtype == torch.float32 else exact(name)), case
+            assert run.error() < (bar(second_name) if dtype == torch.float32 else exact(second_name)), case
 
 
 def test_zero_gradients_stay_finite_with_all_flags(name):
@@ -442,12 +442,12 @@ def test_fused_low_precision_weights(name, dtype):
         assert rounded_once(run, 2.0**-17 if options else UNIT[dtype])
 
 
-def test_released(name):
-    if not refuses_release(name):
-        assert Run(name, release=True).go(200) < bar(name)
-    for case in combinations(name):
-        if not refuses_release(name, **case):
-            assert Run(name, [(6, 4), (7,)], release=True, **case).go(50) < bar(name)
+def test_released(second_name):
+    if not refuses_release(second_name):
+        assert Run(second_name, release=True).go(200) < bar(second_name)
+    for case in combinations(second_name):
+        if not refuses_release(second_name, **case):
+            assert Run(second_name, [(6, 4), (7,)], release=True, **case).go(50) < bar(second_name)
 
 
 def test_released_and_fused(second_name):
@@ -476,12 +476,12 @@ def test_low_precision_weights_are_rounded_to_nearest(name, dtype):
         assert rounded_once(run, UNIT[dtype])
 
 
-def test_kahan_weights_keep_sixteen_bits(name):
+def test_kahan_weights_keep_sixteen_bits(second_name):
     # a bf16 gradient often is nearly the mean of its row: few digits, or only a sign, are left of the centred one
     left = ("cautious", "centralize")
-    together = [{k: v for k, v in case.items() if not k.startswith(left)} for case in combinations(name)]
-    for case in [*oracles.load(name).CASES, *together]:
-        run = Run(name, dtype=torch.bfloat16, follow=True, size=1e-2, precision="kahan", **case)
+    together = [{k: v for k, v in case.items() if not k.startswith(left)} for case in combinations(second_name)]
+    for case in [*oracles.load(second_name).CASES, *together]:
+        run = Run(second_name, dtype=torch.bfloat16, follow=True, size=1e-2, precision="kahan", **case)
         for _ in range(15):
             run.step()
             assert rounded_once(run, 2.0**-17), case
@@ -489,11 +489,11 @@ def test_kahan_weights_keep_sixteen_bits(name):
 
 @pytest.mark.parametrize("grad_dtype", UNIT, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1.0])  # the square of 1e-4 is 0 in fp16
-def test_low_precision_gradients(name, grad_dtype, scale):
-    assert Run(name, grad_dtype=grad_dtype).go(60, scale=scale) < bar(name)
-    if not refuses_release(name):
-        released = Run(name, [(), (7,), (6, 4)], grad_dtype=grad_dtype, release=True)
-        assert released.go(20, scale=scale) < bar(name)
+def test_low_precision_gradients(second_name, grad_dtype, scale):
+    assert Run(second_name, grad_dtype=grad_dtype).go(60, scale=scale) < bar(second_name)
+    if not refuses_release(second_name):
+        released = Run(second_name, [(), (7,), (6, 4)], grad_dtype=grad_dtype, release=True)
+        assert released.go(20, scale=scale) < bar(second_name)
 
 
 # ---- anything ------------------------------------------------------------------------------------------------------
@@ -501,10 +501,10 @@ def test_low_precision_gradients(name, grad_dtype, scale):
 # 1e7 per weight and step, and a search that goes on for ever would find it.
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
-def test_fuzz(name, data):
-    cases = [{}, *oracles.load(name).CASES]
-    flags = flag_cases(name) if name in RULES else []
-    options = data.draw(st.sampled_from(cases)) | data.draw(st.sampled_from([{}, *flags, *combinations(name)]))
+def test_fuzz(second_name, data):
+    cases = [{}, *oracles.load(second_name).CASES]
+    flags = flag_cases(second_name) if second_name in RULES else []
+    options = data.draw(st.sampled_from(cases)) | data.draw(st.sampled_from([{}, *flags, *combinations(second_name)]))
     shape = st.lists(st.integers(0, 7), max_size=4).map(tuple)
     shapes = data.draw(st.lists(shape, min_size=1, max_size=4))
     # gradients above 1 would carry AdaLo's weights far away and back: the rounding of the way is left then
@@ -514,8 +514,8 @@ def test_fuzz(name, data):
         "weight_decay": data.draw(st.sampled_from([0.0, 0.01, 0.3])),
     }
     try:
-        run = Run(name, shapes, seed=data.draw(st.integers(0, 1000)), **options)
+        run = Run(second_name, shapes, seed=data.draw(st.integers(0, 1000)), **options)
     except ValueError as error:
         assert "cannot act on" in str(error)
         reject()
-    assert all(not x.numel() for x in run.x) or run.go(25, **how) < bar(name)
+    assert all(not x.numel() for x in run.x) or run.go(25, **how) < bar(second_name)

@@ -34,9 +34,8 @@ Used = tuple[Any, list[Item]]  # step sizes, in a list or a vector, and the item
 
 def salts(call: Call, seed: int, t: int) -> list[tuple[int, int]]:
     """(salt, offset) of every item; zeros where nothing is rounded stochastically."""
-    if not call.spec.noisy:
-        return [(0, 0)] * len(call.items)
-    return [(precision.salt(seed, t, item.index), item.offset) for item in call.items]
+    noisy = call.spec.noisy
+    return [(precision.salt(seed, t, item.index), item.offset) if noisy else (0, 0) for item in call.items]
 
 
 def ready(call: Call, backend: str) -> bool:
@@ -72,12 +71,11 @@ def _pieces(item: Item, g: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, T
     The last block is filled up to whole vectors: what is left of one, PyTorch computes by other functions, whose atan2
     or exp differ in the last bit. So an entry would depend on where shards end.
     """
-    n = item.weight.numel()
     if not item.flat or item.weight.device.type != "cpu":
         yield item.weight, g, item.bufs, 0
         return
     flat = [x.view(-1) for x in (item.weight, g, *item.bufs.values())]
-    for start in range(0, n, BLOCK):
+    for start in range(0, item.weight.numel(), BLOCK):
         cut = [x[start : start + BLOCK] for x in flat]
         short = -cut[0].numel() % LANES
         weight, grad, *bufs = [pad(x, (0, short)) for x in cut] if short else cut
@@ -104,8 +102,8 @@ def summands(call: Call, values: dict[str, Any], backend: str) -> list[tuple[int
         return [(item.index, partial(measure_tensor, spec, p, g, item.state, h)) for item, p, g in given]
 
     def compiled() -> dict[str, Any]:
-        nothing = [(0, 0)] * len(items)  # is rounded
-        parts = [chunk.sums.code(args)[0] for chunk, args in _met(call, values, nothing) if chunk.sums]
+        calls = _met(call, values, [(0, 0)] * len(items))  # nothing is rounded
+        parts = [chunk.sums.code(args)[0] for chunk, args in calls if chunk.sums]
         return dict(zip(spec.sums, torch.stack(parts).sum(0)))
 
     return [(-1, compiled)]

@@ -122,11 +122,14 @@ def signature(optimizer: Optimizer) -> list[Any]:
     return [options, *seen, [*map(id, params)], [*map(id, optimizer.state.values())]]  # a lookup would hash a tensor
 
 
+def with_gradient(optimizer: Optimizer) -> list[tuple[int, int, Tensor]]:
+    """(index, position of the group, parameter) for every parameter that this step will move."""
+    return [(i, k, p) for i, (p, k) in enumerate(optimizer.placed()) if p.grad is not None and p.numel()]
+
+
 def _gather(optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> list[Call]:
     calls: dict[Any, Call] = {}
-    for index, (p, position) in enumerate(optimizer.placed()):
-        if p.grad is None or not p.numel():
-            continue
+    for index, position, p in with_gradient(optimizer):
         group, state = optimizer.param_groups[position], optimizer.state[p]
         spec = optimizer.spec(group, p, scalars[position])
         item = make_item(spec, p, state, index)

@@ -109,10 +109,9 @@ class Release:
         spec, item = self._item(part)
         call = Call(part.position, self.optimizer.param_groups[part.position], spec, [item])
         t = call.t + 1
-        values = self.optimizer._host_scalars(call.group, tuple(flag for flag, _ in spec.flags), t)
+        h = spec.hyper(self.optimizer._host_scalars(call.group, tuple(flag for flag, _ in spec.flags), t))
         ((salt, offset),) = execute.salts(call, call.group["seed"], t)
-        g, h = item.gradient(spec.elementwise), spec.hyper(values)
-        absorb_tensor(spec, g, item.bufs, h, salt, offset, part.absorbed)
+        absorb_tensor(spec, item.gradient(spec.elementwise), item.bufs, h, salt, offset, part.absorbed)
 
     # ---- what is kept from step to step ----------------------------------------------------------------------------
     def _open(self) -> list[dict[str, Tensor]]:
