@@ -10,6 +10,7 @@ The optimizers come from the registry, the comparison from `scripts/results/resu
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hf_optim.core import FLAGS, STAGES
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "scripts" / "results" / "results.json"
 SHARDING = RESULTS.with_name("sharding.json")  # by scripts/compare_sharding.py
-STEPS = ("gpt2", "lora")  # by scripts/bench_step.py
+STEPS = ("gpt2", "lora", "small")  # by scripts/bench_step.py
 TESTS = RESULTS.with_name("tests.json")  # by scripts/count_tests.py
 PRECISION = RESULTS.with_name("precision.json")  # by scripts/compare_precision.py
 
@@ -131,23 +132,25 @@ def precision() -> str:
 
 
 def speed() -> str:
-    """Steps against fused AdamW, on the parameters of a model and on those of LoRA."""
-    whole, lora = (json.loads((RESULTS.parent / f"step_{shapes}_float32_cpu.json").read_text()) for shapes in STEPS)
+    """Steps against fused AdamW, on the parameters of a model, on those of LoRA and on tiny ones."""
+    whole, lora, small = (json.loads((RESULTS.parent / f"step_{of}_float32_cpu.json").read_text()) for of in STEPS)
     rows = [
-        "| optimizer | GPT-2 small, x fused AdamW | LoRA, x fused AdamW | GPT-2 small, x bytes | extra bytes per "
-        "parameter | first step, CPU seconds |",
-        "|---|---|---|---|---|---|",
+        "| optimizer | GPT-2 small, x fused AdamW | LoRA, x fused AdamW | (4, 4) tensor, us | GPT-2 small, x bytes | "
+        "extra bytes per parameter | first step, CPU seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in sorted(whole["optimizers"], key=lambda name: whole["optimizers"][name]["ratio"]):
-        a, b = whole["optimizers"][name], lora["optimizers"][name]
+        a, b, c = (of["optimizers"][name] for of in (whole, lora, small))
         extra, first = (max(x[key] for x in (a, b)) for key in ("extra_bytes", "first_seconds"))
         rows.append(
-            f"| `{name}` | {a['ratio']:.2f} | {b['ratio']:.2f} | {a['times_bytes']:.1f} | {extra:.3f} | {first:.0f} |"
+            f"| `{name}` | {a['ratio']:.2f} | {b['ratio']:.2f} | {c['us_per_tensor']:.1f} | {a['times_bytes']:.1f} | "
+            f"{extra:.3f} | {first:.0f} |"
         )
+    fused = statistics.median(of["us_per_tensor"] / of["ratio"] for of in small["optimizers"].values())
     rows += [
         "",
-        f"fp32, {whole['threads']} thread, medians over steps, in {whole['processes']} fresh process(es); "
-        f"{whole['date']}, {whole['device']}, torch {whole['torch']}.",
+        f"A (4, 4) tensor takes fused AdamW {fused:.1f} us. fp32, {whole['threads']} thread, medians over steps, in "
+        f"{whole['processes']} fresh process(es); {whole['date']}, {whole['device']}, torch {whole['torch']}.",
     ]
     return "\n".join(rows)
 
