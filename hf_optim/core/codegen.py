@@ -263,9 +263,9 @@ def _read_again(lowering: Any, name: str) -> None:
 
 
 def _sizes_of(inputs: Sequence[Any]) -> list[torch.SymInt]:
-    """The sizes that code was written for, as conditions that are kept with it on disk. Inductor knows those of sizes
-    that are inputs themselves: without, code with 32-bit indices, say, would serve tensors of any size."""
-    return [*{str(n): n for x in inputs for n in x.shape if isinstance(n, torch.SymInt)}.values()]
+    """The sizes that code was written for: conditions on them are kept with it on disk. Inductor knows sizes that are
+    inputs (as in other threads): without ours, code with 32-bit indices, say, would serve tensors of any size."""
+    return [*{str(n): n for x in inputs for n in getattr(x, "shape", (x,)) if isinstance(n, torch.SymInt)}.values()]
 
 
 def _built_before(isa: Any, code: str) -> bool:
