@@ -501,10 +501,10 @@ def test_low_precision_gradients(second_name, grad_dtype, scale):
 # 1e7 per weight and step, and a search that goes on for ever would find it.
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
-def test_fuzz(second_name, data):
-    cases = [{}, *oracles.load(second_name).CASES]
-    flags = flag_cases(second_name) if second_name in RULES else []
-    options = data.draw(st.sampled_from(cases)) | data.draw(st.sampled_from([{}, *flags, *combinations(second_name)]))
+def test_fuzz(name, data):
+    cases = [{}, *oracles.load(name).CASES]
+    flags = flag_cases(name) if name in RULES else []
+    options = data.draw(st.sampled_from(cases)) | data.draw(st.sampled_from([{}, *flags, *combinations(name)]))
     shape = st.lists(st.integers(0, 7), max_size=4).map(tuple)
     shapes = data.draw(st.lists(shape, min_size=1, max_size=4))
     # gradients above 1 would carry AdaLo's weights far away and back: the rounding of the way is left then
@@ -514,8 +514,8 @@ def test_fuzz(second_name, data):
         "weight_decay": data.draw(st.sampled_from([0.0, 0.01, 0.3])),
     }
     try:
-        run = Run(second_name, shapes, seed=data.draw(st.integers(0, 1000)), **options)
+        run = Run(name, shapes, seed=data.draw(st.integers(0, 1000)), **options)
     except ValueError as error:
         assert "cannot act on" in str(error)
         reject()
-    assert all(not x.numel() for x in run.x) or run.go(25, **how) < bar(second_name)
+    assert all(not x.numel() for x in run.x) or run.go(25, **how) < bar(name)
