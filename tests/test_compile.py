@@ -449,17 +449,17 @@ OF_THE_MODEL = {
 }
 
 
-@pytest.mark.parametrize("dtype, rounding", [(torch.float32, {}), (BF16, {"state_dtype": "int8"})])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])  # of what is read, rounded by noise that sums lack
 @pytest.mark.parametrize("which", OF_THE_MODEL)
-def test_sums_over_the_model_equal_those_of_the_loop(which, dtype, rounding, graphs, monkeypatch):
-    options = {**OF_THE_MODEL[which], "weight_decay": 0.1, **rounding}
-    one, params = build(which, MODEL, dtype, backend="loop", **options)
-    two, theirs = build(which, MODEL, dtype, backend="fused", **options)
+def test_sums_over_the_model_equal_those_of_the_loop(which, state_dtype, graphs, monkeypatch):
+    options = {**OF_THE_MODEL[which], "weight_decay": 5.0, "state_dtype": state_dtype}
+    one, params = build(which, MODEL, backend="loop", **options)
+    two, theirs = build(which, MODEL, backend="fused", **options)
     advance(one, params, 3)
     advance(two, theirs, 1)
     monkeypatch.setattr(execute, "measure_tensor", None)  # they are in the code: no tensor is measured by itself
     advance(two, theirs, 2, first=2)
-    assert graphs and not execute._broken and far(theirs, params) < (2e-6 if dtype == torch.float32 else 4e-3)
+    assert graphs and not execute._broken and far(theirs, params) < 2e-6
 
 
 @pytest.mark.slow

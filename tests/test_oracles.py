@@ -215,8 +215,8 @@ def test_200_steps_in_float32(name):
     assert Run(name).go(200) < bar(name)
 
 
-def test_float64_weights_match_every_option_to_the_last_digits(second_name):
-    assert not failures(second_name, oracles.load(second_name).CASES, 40, exact(second_name), dtype=torch.float64)
+def test_float64_weights_match_every_option_to_the_last_digits(name):
+    assert not failures(name, oracles.load(name).CASES, 40, exact(name), dtype=torch.float64)
 
 
 def test_every_option_in_float32(second_name):
