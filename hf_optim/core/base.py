@@ -553,9 +553,8 @@ class Optimizer(torch.optim.Optimizer):
     def _values(self, call: plan.Call, scalars: list[dict[str, Tensor]]) -> dict[str, Any]:
         group, device = call.group, call.items[0].weight.device
         fixed: dict[str, Any] = {name: float(group[name]) for name in DYNAMIC}
-        flags = tuple(flag for flag, _ in call.spec.flags)
         shared = {name: x.to(device, non_blocking=True) for name, x in scalars[call.position].items()}
-        return fixed | self._host_scalars(group, flags, call.t + 1) | shared
+        return fixed | self._host_scalars(group, tuple(flag for flag, _ in call.spec.flags), call.t + 1) | shared
 
     def _measure(self, calls: list[plan.Call], values: list[dict[str, Any]], numel: int) -> None:
         """Whole-model sums: one pass over the tensors that add to them, one reduction per device mesh."""

@@ -97,13 +97,12 @@ def fused(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> l
 def summands(call: Call, values: dict[str, Any], backend: str) -> list[tuple[int, Callable[[], dict[str, Any]]]]:
     """What adds to the whole-model sums, and in which order: those of shards may ask other ranks."""
     spec, h, items = call.spec, call.spec.hyper(values), call.items
-    if any(item.sharded for item in items) or not ready(call, backend):
+    if not ready(call, backend) or not call.chunks[0].sums:
         given = [(item, item.p.detach(), item.given(local=False).detach()) for item in items]
         return [(item.index, partial(measure_tensor, spec, p, g, item.state, h)) for item, p, g in given]
 
     def compiled() -> dict[str, Any]:
-        calls = _met(call, values, [(0, 0)] * len(items))  # nothing is rounded
-        parts = [chunk.sums.code(args)[0] for chunk, args in calls if chunk.sums]
+        parts = [chunk.sums.code(args)[0] for chunk, args in _met(call, values, [(0, 0)] * len(items))]  # no noise
         return dict(zip(spec.sums, torch.stack(parts).sum(0)))
 
     return [(-1, compiled)]

@@ -43,30 +43,19 @@ class Item:
     flat: bool
     weight: Tensor
     bufs: dict[str, Tensor]
-    pointers: list[int]  # addresses of weight and state that the aliases were made of; empty once one is gone
+    base: int  # address of the weight that an alias was made of: offloading replaces tensors without telling
+    pointers: list[int]  # those of its state; empty once one is gone
     shape: torch.Size  # of the gradient, as `pointers` of this rank
     kept: list[ref[Tensor]]  # that state
     sharded: bool
     kind: Kind
 
     def given(self, local: bool) -> Tensor:
-        g = self.p.grad
-        assert g is not None
+        g: Any = self.p.grad  # None in another plan
         return sharding.local(g) if local and self.sharded else g
 
     def gradient(self, local: bool) -> Tensor:
         return self.given(local).view_as(self.weight) if self.flat else self.given(local)  # faster than `view`
-
-    def current(self) -> bool:
-        """Whether storage, state and kind of gradient are still those that aliases and code were made for."""
-        g, tensors = self.p.grad, [self.p, *[self.state[name] for name in self.bufs]]
-        if g is None or g.layout != torch.strided:
-            return False
-        if self.sharded:
-            g, tensors = sharding.local(g), [sharding.local(x.detach()) for x in tensors]
-        same = [*map(Tensor.data_ptr, tensors)] == self.pointers  # offloading replaces them without telling
-        same = same and g.shape == self.shape and g.dtype == self.kind.dtypes[1]
-        return same and (not self.kind.dense or g.is_contiguous())
 
 
 @dataclass
@@ -77,7 +66,7 @@ class Chunk:
     start: int
     fixed: list[Tensor]
     program: Program
-    sums: Program | None  # what they add to those of the whole model
+    sums: Any  # the program of what they add to those of the whole model; none for shards
 
 
 @dataclass
@@ -111,7 +100,19 @@ class Plan:
         self.numel = sum(item.p.numel() for item in self.items)  # of all ranks: they compile together or not at all
 
     def current(self, optimizer: Optimizer) -> bool:
-        return self.signature == signature(optimizer) and all(item.current() for item in self.items)
+        return self.signature == signature(optimizer) and current(self.items)
+
+
+def current(items: list[Item]) -> bool:
+    """Whether storage, state and kinds of gradients are those that code was made for: asked at once, it is faster."""
+    grads: list[Any] = [item.p.grad for item in items]
+    tensors = [item.p for item in items] + [item.state[name] for item in items for name in item.bufs]
+    if any(item.sharded for item in items):
+        grads, tensors = [*map(sharding.local, grads)], [sharding.local(x.detach()) for x in tensors]
+    known = [item.base for item in items] + [x for item in items for x in item.pointers]
+    same = [*map(Tensor.data_ptr, tensors)] == known and {g.layout for g in grads} <= {torch.strided}
+    same = same and [(g.shape, g.dtype) for g in grads] == [(item.shape, item.kind.dtypes[1]) for item in items]
+    return same and all(g.is_contiguous() for g, item in zip(grads, items) if item.kind.dense)
 
 
 def signature(optimizer: Optimizer) -> list[Any]:
@@ -157,7 +158,8 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
-    pointers, shape = [sharding.local(x).data_ptr() for x in (weight, *bufs.values())], sharding.local(g).shape
+    base, *pointers = [sharding.local(x).data_ptr() for x in (weight, *bufs.values())]
+    shape = sharding.local(g).shape
     dense = weight.numel() > 0 and all(sharding.local(x).is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
@@ -168,4 +170,4 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
     layouts, dtypes = tuple(map(sharding.layout, tensors)), tuple(x.dtype for x in tensors)
     kind = Kind(sizes, layouts, dtypes, weight.device, dense, not spec.elementwise and weight.numel() >= LARGE)
-    return Item(p, state, index, offset, flat, weight, bufs, pointers, shape, kept, sharding.is_sharded(p), kind)
+    return Item(p, state, index, offset, flat, weight, bufs, base, pointers, shape, kept, sharding.is_sharded(p), kind)

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import execute, sharding
 from .flags import chosen
 from .pipeline import Spec, View, absorb_tensor
-from .plan import Call, Item, make_item
+from .plan import Call, Item, current, make_item
 
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Release:
 
     def _item(self, part: Part) -> tuple[Spec, Item]:
         optimizer, state = self.optimizer, self.optimizer.state[part.p]
-        if part.item is None or part.item[1].state is not state or not part.item[1].current():
+        if part.item is None or part.item[1].state is not state or not current([part.item[1]]):
             spec = optimizer.spec(optimizer.param_groups[part.position], part.p, {})
             part.item, part.call = (spec, make_item(spec, part.p, state, part.index)), None
         return part.item
