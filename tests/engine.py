@@ -109,3 +109,19 @@ def follows_lr(name):
 def brisk(name):
     """Options for steps that even bf16 weights feel at once."""
     return {"kappa": 0.01} if "kappa" in hf_optim.info(name).options else {"lr": 0.1}
+
+
+def as_compiled(graph):
+    """The traced graph called as its compiled code would be: each symbol is a size of the first argument that has it,
+    a weight, say. The gradient that comes as backward left it is read as a tensor of that size."""
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+
+    def run(args):
+        sizes = {}
+        for x, arg in zip(inputs, args):
+            for size, n in zip(x.shape, arg.shape):
+                sizes.setdefault(str(size), n)
+        # not `graph(...)`: CommDebugMode would trip over calls of modules
+        return graph.forward(*[arg.view([sizes[str(size)] for size in x.shape]) for x, arg in zip(inputs, args)])
+
+    return run

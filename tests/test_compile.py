@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 from conftest import advance, fill_grads, loss_at, make_params, slow_but
-from engine import BF16, bits, brisk, build, everything, flags_on, frozen, moments, rich
+from engine import BF16, as_compiled, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
 from torch._dynamo.utils import counters
 from torch._inductor.codegen.cpp import CppKernel
@@ -27,10 +27,10 @@ import hf_optim
 from hf_optim.core import codegen, execute
 
 
-# With chunks of three: a full chunk and a single tensor of each rank; a scalar, sizes of one, nothing. Code for whole
-# shapes may compare sizes (which axis is longer, whether signs fill their bytes): OTHER is like MODEL in that.
-MODEL = (*[(9, 10)] * 4, *((5 + i,) for i in range(4)), (), (1,), (1, 10), (5, 3, 4), (0, 3), (12, 10))
-OTHER = (*[(10, 11)] * 4, *((11 + i,) for i in range(4)), (), (1,), (1, 11), (7, 3, 5), (2, 0), (31, 11))
+# With chunks of three, or of two: full chunks and a single tensor of each rank; a scalar, sizes of one, nothing.
+# Code for whole shapes may compare sizes (which axis is longer, whether signs fill their bytes): OTHER is like that.
+MODEL = (*[(9, 10)] * 4, *((5 + i,) for i in range(7)), (), (1,), (1, 10), (5, 3, 4), (0, 3), (12, 10))
+OTHER = (*[(10, 11)] * 4, *((11 + i,) for i in range(7)), (), (1,), (1, 11), (7, 3, 5), (2, 0), (31, 11))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def graphs(monkeypatch):
 
     def compile_(graph, inputs, is_inference):
         traced.append(graph)
-        return lambda args: graph(*args)
+        return as_compiled(graph)
 
     monkeypatch.setattr(codegen, "compile_fx_inner", compile_)
     monkeypatch.setattr(execute, "_broken", set())
@@ -84,10 +84,10 @@ def test_few_graphs_and_none_later(which, graphs):
     fill_grads(params, seed=6)
     optimizer.step(loss=123.0)
     fill_grads(params, seed=7)
-    params[3].grad = params[7].grad = None  # three are left of each four
+    params[3].grad = params[7].grad = None  # there are fewer now
     optimizer.step(loss=loss_at(7))
     fill_grads(params, seed=8)
-    optimizer.step(loss=loss_at(8))  # and are a step ahead of the fourth
+    optimizer.step(loss=loss_at(8))  # and those left are a step ahead of the two
     assert len(graphs) == first, "a step was compiled again"
     other, theirs = build(which, OTHER, backend="fused", lr=0.2, **moments(which))
     advance(other, theirs, 2)
@@ -392,6 +392,17 @@ def test_vector_instructions_are_tried_out_until_they_work(monkeypatch):
 
 def compile_another():
     compare_with_inductor("adalo", [(24, 8)], dtype=BF16)
+
+
+def test_bits_of_a_constant_are_compiled():
+    """Those of the mean of an empty shard, say, which is NaN: Inductor has them computed once, not for a vector."""
+
+    def bits_of_nan(x):
+        return [torch.where(x > 0, torch.full_like(x, float("nan")).view(torch.int32), 7)]
+
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    program = codegen.Programs(bits_of_nan, 1, False, None).serving([x])
+    assert torch.equal(program.code([x])[0], bits_of_nan(x)[0])
 
 
 def test_a_forked_process_compiles_after_its_parent_did():

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import advance, fill_grads, loss_at, make_params
-from engine import BF16, bits, brisk, everything, flags_on, frozen, moments, twin
+from engine import BF16, as_compiled, bits, brisk, everything, flags_on, frozen, moments, twin
 from ranks import launch
 from test_memory import FLOAT, peak, step, stepped
 from test_sharding import compare, place, run_both, train, whole
@@ -349,7 +349,7 @@ def test_traced_steps_are_the_steps_of_the_loop(which, monkeypatch):
 
     def compile_(graph, inputs, is_inference):
         graphs.append(graph)
-        return lambda args: graph(*args)
+        return as_compiled(graph)
 
     monkeypatch.setattr(codegen, "compile_fx_inner", compile_)
     monkeypatch.setattr(execute, "_broken", set())

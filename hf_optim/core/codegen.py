@@ -214,9 +214,9 @@ def _lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
     return NotImplemented if getattr(weight, "ndim", 0) else start + weight * (end - start)
 
 
-def _in_registers(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
+def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
     """Read 32 bits of a vector as another type where they are. Inductor goes through memory, one by one: stochastic
-    rounding would take half as long again."""
+    rounding would take half as long again. Of a scalar, Inductor asks for the function by this name."""
     if {dtype, src_dtype} != {torch.float32, torch.int32}:
         return bitcast(x, dtype, src_dtype)
     return f"[&]{{ {V.kernel._get_vec_type(dtype)} y; std::memcpy((void*)&y, &{x}, sizeof(y)); return y; }}()"
@@ -300,7 +300,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
 
     with (
         patch.object(InductorChoices, "should_use_persistent_reduction", staticmethod(of_known_length)),
-        patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(_in_registers)),
+        patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(to_dtype_bitcast)),
         patch.object(CppVecKernel, "arange", _counted),
         patch.object(CppKernel, "need_use_acc_helper", _in_parts),
         patch.object(CppVecKernel, "_get_vec_load_line", _fetched),
