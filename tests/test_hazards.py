@@ -481,14 +481,12 @@ def test_smmf_first_step(matricize):
 
 
 def test_smmf_factors_keep_row_and_column_sums():
-    x = torch.rand(6, 9).double()
-    row, col = factors(x)
-    outer = torch.outer(row, col)
-    close(outer.sum(0), x.sum(0), rtol=1e-12)
-    close(outer.sum(1), x.sum(1), rtol=1e-12)
-    rank1 = torch.outer(torch.rand(6), torch.rand(9)).double()
-    close(torch.outer(*factors(rank1)), rank1, rtol=1e-6)
-    assert not torch.outer(*factors(torch.zeros(3, 4))).any()
+    x, rank1 = torch.rand(6, 9).double(), torch.outer(torch.rand(6), torch.rand(9)).double()
+    of_x, of_rank1, of_zero = (torch.outer(row, col) for row, col in factors(x, rank1, torch.zeros(6, 9)))
+    close(of_x.sum(0), x.sum(0), rtol=1e-12)
+    close(of_x.sum(1), x.sum(1), rtol=1e-12)
+    close(of_rank1, rank1, rtol=1e-6)
+    assert not of_zero.any()
 
 
 def test_signs_survive_packing():

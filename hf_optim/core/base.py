@@ -270,8 +270,7 @@ class Optimizer(torch.optim.Optimizer):
     _used: list[execute.Used] | tuple[()] = ()  # of the last step
 
     def __init__(self, params: Any, lr: float | None = None, **options: Any) -> None:
-        given = options if lr is None else {"lr": lr, **options}
-        values = self.resolve(given)
+        values = self.resolve(options if lr is None else {"lr": lr, **options})
         inside = {  # whatever the defaults of torch are
             name: torch.tensor(float(first), dtype=torch.float32, device="cpu") for name, first in self.shared.items()
         }

@@ -180,9 +180,7 @@ def programs(spec: Spec, kind: Kind, count: int, sums: bool) -> codegen.Programs
         ]
         return [torch.stack([sharding.whole(size) for size in used])] if spec.rule.returns_lr else []
 
-    tell_once(
-        "compiling the step of %s: seconds to a minute, once (`backend='loop'` does without)", spec.rule.__name__
-    )
+    tell_once("compiling the step of %s: up to a minute, once (`backend='loop'` does without)", spec.rule.__name__)
     if place:
         _sharded[spec] += 1
         if _sharded[spec] > codegen.LAYOUTS:

@@ -112,7 +112,7 @@ def current(items: list[Item]) -> bool:
     known = [item.base for item in items] + [x for item in items for x in item.pointers]
     same = [*map(Tensor.data_ptr, tensors)] == known and {g.layout for g in grads} <= {torch.strided}
     same = same and [(g.shape, g.dtype) for g in grads] == [(item.shape, item.kind.dtypes[1]) for item in items]
-    return same and all(g.is_contiguous() for g, item in zip(grads, items) if item.kind.dense)
+    return same and all([g.is_contiguous() for g, item in zip(grads, items) if item.kind.dense])
 
 
 def signature(optimizer: Optimizer) -> list[Any]:

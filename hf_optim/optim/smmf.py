@@ -48,11 +48,11 @@ class SMMF(Optimizer):
     def update(g, p, s, h):
         gm = g.reshape(s.row_v.shape[0], s.col_v.shape[0])
         v = (s.row_v.unsqueeze(1) * s.col_v).lerp(gm.square(), h.new2)
-        s.row_v, s.col_v = factors(v)
-        m = gm
-        if h.beta1 is not None:
+        if h.beta1 is None:
+            m, ((s.row_v, s.col_v),) = gm, factors(v)
+        else:
             m = with_signs(s.row_m.unsqueeze(1) * s.col_m, s.signs).lerp(gm, h.new1)
-            s.row_m, s.col_m = factors(m.abs())
+            (s.row_v, s.col_v), (s.row_m, s.col_m) = factors(v, m.abs())
             s.signs = pack_signs(m)
         return h.ratio(m, v.sqrt()).reshape(g.shape)
 
@@ -73,7 +73,8 @@ def matrix(shape, h):
     return (shape[0], shape.numel() // max(shape[0], 1)) if len(shape) else (1, 1)
 
 
-def factors(x):
-    """Row sums, and column sums over the total: their outer product has the row and column sums of x."""
-    total = (col := summed(x, 0)).sum()
-    return x.sum(1), col / total.where(total > 0, 1.0)
+def factors(*xs):
+    """Row sums, and column sums over the total; totals in one temporary, of which a small step is mostly made."""
+    cols = torch.stack([summed(x, 0) for x in xs])
+    total = cols.sum(1, keepdim=True)
+    return zip([x.sum(1) for x in xs], cols / total.where(total > 0, 1.0))
