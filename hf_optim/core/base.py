@@ -381,9 +381,8 @@ class Optimizer(torch.optim.Optimizer):
             self._materialize()
             return
         refuse_gradients(self)
-        if self._plan is not None and not self._plan.current(self):
+        if self._plan is None or not self._plan.current(self):
             self._plan = None
-        if self._plan is None:
             self._materialize()
         scalars = self._begin()
         if self._plan is None:

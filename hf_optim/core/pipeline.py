@@ -100,8 +100,7 @@ def _load(spec: Spec, name: str, bufs: dict[str, Tensor]) -> Tensor:
     codes = bufs[name]
     if name not in spec.coded:
         return precision.widen(codes)
-    scale = bufs[precision.scale_of(name)]
-    value = precision.read_codes(sharding.local(codes), sharding.local(scale))
+    value = precision.read_codes(sharding.local(codes), sharding.local(bufs[precision.scale_of(name)]))
     return sharding.placed(value, sharding.layout(codes))
 
 
@@ -148,9 +147,8 @@ def _in_order(values: dict[str, Tensor], bufs: dict[str, Tensor]) -> Iterator[st
         free = [n for n in values if not any(values[other] is bufs[n] for other in values if other != n)]
         if not free:
             raise RuntimeError(f"a rule may not swap the buffers {', '.join(values)}: compute one of them anew")
-        name = free[0]
-        del values[name]
-        yield name
+        del values[free[0]]
+        yield free[0]
 
 
 def _keep(spec: Spec, name: str, bufs: dict[str, Tensor], value: Tensor, salt: Any, offset: Any, channel: int) -> None:

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from . import precision, sharding
 from .codegen import LARGE, VECTOR, Program
@@ -45,7 +47,6 @@ class Item:
     bufs: dict[str, Tensor]
     base: int  # address of the weight that an alias was made of: offloading replaces tensors without telling
     pointers: list[int]  # those of its state; empty once one is gone
-    shape: torch.Size  # of the gradient, as `pointers` of this rank
     kept: list[ref[Tensor]]  # that state
     sharded: bool
     kind: Kind
@@ -96,23 +97,31 @@ class Plan:
     def __init__(self, optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> None:
         self.signature = signature(optimizer)
         self.calls = _gather(optimizer, scalars)
-        self.items = [item for call in self.calls for item in call.items]
-        self.numel = sum(item.p.numel() for item in self.items)  # of all ranks: they compile together or not at all
+        items = [item for call in self.calls for item in call.items]
+        self.unchanged = watch(items)
+        self.numel = sum(item.p.numel() for item in items)  # of all ranks: they compile together or not at all
 
     def current(self, optimizer: Optimizer) -> bool:
-        return self.signature == signature(optimizer) and current(self.items)
+        return self.signature == signature(optimizer) and self.unchanged()
 
 
-def current(items: list[Item]) -> bool:
-    """Whether storage, state and kinds of gradients are those that code was made for: asked at once, it is faster."""
-    grads: list[Any] = [item.p.grad for item in items]
-    tensors = [item.p for item in items] + [item.state[name] for item in items for name in item.bufs]
-    if any(item.sharded for item in items):
-        grads, tensors = [*map(sharding.local, grads)], [sharding.local(x.detach()) for x in tensors]
-    known = [item.base for item in items] + [x for item in items for x in item.pointers]
-    same = [*map(Tensor.data_ptr, tensors)] == known and {g.layout for g in grads} <= {torch.strided}
-    same = same and [(g.shape, g.dtype) for g in grads] == [(item.shape, item.kind.dtypes[1]) for item in items]
-    return same and all([g.is_contiguous() for g, item in zip(grads, items) if item.kind.dense])
+def watch(items: list[Item]) -> Callable[[], bool]:
+    """Asks whether storage, state and gradients are as code was made for: of all at once, as most of a small step."""
+    params, states = [item.p for item in items], [(item.state, name) for item in items for name in item.bufs]
+    grads, some_sharded = [item.given(local=True) for item in items], any(item.sharded for item in items)
+    strides: Any = [[step if n > 1 else None for n, step in zip(g.shape, g.stride())] for g in grads]
+    sizes: Any = [[*g.shape] for g in grads]  # guards look at type, layout, dtype and device, too
+    seen = TensorGuards(*grads, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def current() -> bool:
+        given: list[Any] = [p.grad for p in params]
+        tensors = [*params, *[state[name] for state, name in states]]
+        if some_sharded:
+            given, tensors = [*map(sharding.local, given)], [sharding.local(x.detach()) for x in tensors]
+        known = [item.base for item in items] + [x for item in items for x in item.pointers]
+        return [*map(Tensor.data_ptr, tensors)] == known and seen.check(*given)
+
+    return current
 
 
 def signature(optimizer: Optimizer) -> list[Any]:
@@ -152,14 +161,12 @@ def _watched(buffer: Tensor, pointers: list[int], *aliases: Tensor) -> ref[Tenso
 
 def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if p.grad is None or p.grad.layout != torch.strided:
-        layout = None if p.grad is None else p.grad.layout
-        raise RuntimeError(f"{spec.rule.__name__} needs dense gradients, got {layout}; use `sparse=False`")
+        raise RuntimeError(f"{spec.rule.__name__} needs dense gradients; use `sparse=False`")
     weight, g, bufs = p.detach(), p.grad, {name: state[name].detach() for name in spec.stored}
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
     base, *pointers = [sharding.local(x).data_ptr() for x in (weight, *bufs.values())]
-    shape = sharding.local(g).shape
     dense = weight.numel() > 0 and all(sharding.local(x).is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
@@ -170,4 +177,4 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
     layouts, dtypes = tuple(map(sharding.layout, tensors)), tuple(x.dtype for x in tensors)
     kind = Kind(sizes, layouts, dtypes, weight.device, dense, not spec.elementwise and weight.numel() >= LARGE)
-    return Item(p, state, index, offset, flat, weight, bufs, base, pointers, shape, kept, sharding.is_sharded(p), kind)
+    return Item(p, state, index, offset, flat, weight, bufs, base, pointers, kept, sharding.is_sharded(p), kind)

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import execute, sharding
 from .flags import chosen
 from .pipeline import Spec, View, absorb_tensor
-from .plan import Call, Item, current, make_item
+from .plan import Call, Item, make_item, watch
 
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Part:
     position: int  # of its group
     index: int
     item: tuple[Spec, Item] | None = None  # the spec lacks the scalars of a step
+    unchanged: Callable[[], bool] = bool
     call: Call | None = None
     window: Any = None  # the step that it took part in last
     absorbed: int = 0  # gradients that its state has taken since
@@ -75,9 +76,7 @@ class Release:
     # ---- one gradient ----------------------------------------------------------------------------------------------
     def _hook(self, part: Part) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
-            if p.grad is None:
-                return
-            if not self.skipping:
+            if p.grad is not None and not self.skipping:
                 with torch.no_grad(), self.optimizer._plainly():
                     self._absorb(part) if self.absorbing else self._step(part)
             p.grad = None
@@ -124,8 +123,7 @@ class Release:
         """Forget the values of the last window, and calls that were made for other options."""
         self.values = {}
         static = self.optimizer.static_options()
-        groups = self.optimizer.param_groups
-        options = [(id(group), [v for k, v in group.items() if k in static]) for group in groups]
+        options = [(id(group), [v for k, v in group.items() if k in static]) for group in self.optimizer.param_groups]
         if options != self.options:
             self.options, self.checked = options, False
             for part in self.parts:
@@ -133,9 +131,10 @@ class Release:
 
     def _item(self, part: Part) -> tuple[Spec, Item]:
         optimizer, state = self.optimizer, self.optimizer.state[part.p]
-        if part.item is None or part.item[1].state is not state or not current([part.item[1]]):
+        if part.item is None or part.item[1].state is not state or not part.unchanged():
             spec = optimizer.spec(optimizer.param_groups[part.position], part.p, {})
-            part.item, part.call = (spec, make_item(spec, part.p, state, part.index)), None
+            item = make_item(spec, part.p, state, part.index)
+            part.item, part.unchanged, part.call = (spec, item), watch([item]), None
         return part.item
 
     def _call(self, part: Part, scalars: list[dict[str, Tensor]]) -> Call:

@@ -219,9 +219,7 @@ def whole(x: Any, device: torch.device | None = None) -> Any:
 
 def unsharded(x: Tensor) -> Tensor:
     """All of a tensor on every rank, by one collective: for rules that work on whole matrices."""
-    if not isinstance(x, DTensor):
-        return x
-    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim) if isinstance(x, DTensor) else x
 
 
 def amax(x: Tensor, keep_axis: int) -> Tensor:

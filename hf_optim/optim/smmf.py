@@ -75,6 +75,6 @@ def matrix(shape, h):
 
 def factors(*xs):
     """Row sums, and column sums over the total; totals in one temporary, of which a small step is mostly made."""
-    cols = torch.stack([summed(x, 0) for x in xs])
-    total = cols.sum(1, keepdim=True)
-    return zip([x.sum(1) for x in xs], cols / total.where(total > 0, 1.0))
+    cols = [summed(x, 0) for x in xs]
+    totals = torch.stack(cols).sum(1)
+    return [(x.sum(1), col / total.where(total > 0, 1.0)) for x, col, total in zip(xs, cols, totals)]
