@@ -631,8 +631,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def parameters(self) -> Iterator[Tensor]:
         """All parameters, group by group."""
-        for group in self.param_groups:
-            yield from group["params"]
+        return (p for group in self.param_groups for p in group["params"])
 
     def placed(self) -> list[tuple[Tensor, int]]:
         """All parameters, each with the position of its group."""

@@ -271,8 +271,9 @@ def _sizes_of(inputs: Sequence[Any]) -> list[torch.SymInt]:
 
 
 def _built_before(isa: Any, code: str) -> bool:
-    """What builds for wide vectors builds for narrower ones, but Inductor tries them all: most of a first step."""
-    if code not in _built and dry_compile(isa, code):
+    """What builds for wide vectors builds for narrower ones, but Inductor tries them all, and with torch's headers, a
+    quarter of a first step. Here the compiler has to know their flags; where torch lacks them, the loop takes over."""
+    if code not in _built and dry_compile(isa, "" if code == isa._avx_code else code):
         _built.add(code)
     return code in _built
 
