@@ -183,7 +183,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
                 raise  # a module that lacks a name has a path, too
             Path(part).unlink(missing_ok=True)
             made = compile_fx_inner(module, inputs, is_inference=True)
-    return getattr(made, "current_callable", made)  # it asks for profilers in every call, 2 us of a chunk's 20
+    return getattr(made, "current_callable", made)  # what calls it looks for profilers every time
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:

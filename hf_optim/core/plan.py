@@ -106,7 +106,7 @@ class Plan:
 
 
 def watch(items: list[Item]) -> Callable[[], bool]:
-    """Asks whether storage, state and gradients are as code was made for: of all at once, as most of a small step."""
+    """Asks whether storage, state and gradients are as code was made for: of all at once, it is faster."""
     params, states = [item.p for item in items], [(item.state, name) for item in items for name in item.bufs]
     grads, some_sharded = [item.given(local=True) for item in items], any(item.sharded for item in items)
     strides: Any = [[step if n > 1 else None for n, step in zip(g.shape, g.stride())] for g in grads]

@@ -30,7 +30,7 @@ class Part:
     position: int  # of its group
     index: int
     item: tuple[Spec, Item] | None = None  # the spec lacks the scalars of a step
-    unchanged: Callable[[], bool] = bool
+    unchanged: Callable[[], bool] = bool  # never yet
     call: Call | None = None
     window: Any = None  # the step that it took part in last
     absorbed: int = 0  # gradients that its state has taken since
