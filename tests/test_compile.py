@@ -97,6 +97,18 @@ def test_few_graphs_and_none_later(which, graphs):
     assert far(theirs, expected) < 2e-6
 
 
+@pytest.mark.parametrize("which", slow_but("adamw", "adalo", "diffgrad"))
+def test_tensors_that_fill_no_chunk_share_its_code(which, graphs):
+    shapes = [(8, 64)] * (execute.CHUNK + 3)
+    one, params = build(which, shapes, backend="loop")
+    two, theirs = build(which, shapes, backend="fused")
+    advance(one, params, 2)
+    advance(two, theirs, 2)
+    spec = two._plan.calls[0].spec
+    assert len(graphs) == 1 or spec.sums or not spec.elementwise
+    assert far(theirs, params) < 2e-6 and two.effective_lr() == pytest.approx(one.effective_lr())
+
+
 def test_code_for_one_length_of_rows_does_not_serve_another(graphs):
     shapes = [(24, 64), (24, 80), (24, 77), (30, 64)]
     one, params = build("adafactor_corrected", shapes, backend="loop")

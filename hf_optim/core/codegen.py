@@ -172,6 +172,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
+        config.patch(cpp_cache_precompile_headers=Programs.built > 0),  # it takes as long as several builds without
         repaired(dtypes),
         compiler_config.patch(cache_key_tag=f"{key} {inputs[0].is_cpu and pick_vec_isa()}"),  # type: ignore[attr-defined]
     ):
@@ -187,7 +188,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:
-    x = x.as_strided(x.shape, x.stride(), 0)  # where in its storage a tensor begins is nothing to the code
+    x = x.as_strided(x.shape, x.stride(), 0).data  # where a storage begins is nothing to the code; views take longer
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
 
@@ -201,10 +202,10 @@ def _in_blocks(reduce: Callable[..., Tensor]) -> Callable[..., Any]:
     def decomposed(x: Tensor, dim: Any, keepdim: bool = False, **options: Any) -> Any:
         if x.ndim < 2 or list(dim) != [0] or keepdim or options or x.shape[0] < 2 * ROWS:
             return NotImplemented
-        whole = x.shape[0] // ROWS * ROWS
+        whole = (x.shape[0] // ROWS - 1) * ROWS  # some are always left: for none or one there would be other code
         blocks = reduce(x[:whole].unflatten(0, (-1, ROWS)), [1])
         out = reduce(blocks.unsqueeze(0), [1])  # as they are: code in more steps would be code for fewer sizes
-        return out[0] if x.shape[0] == whole else reduce(torch.cat([out, reduce(x[whole:].unsqueeze(0), [1])]), [0])
+        return reduce(torch.cat([out, reduce(x[whole:].unsqueeze(0), [1])]), [0])
 
     return decomposed
 
@@ -225,8 +226,7 @@ def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
 
 
 def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) -> str:
-    """Tell the CPU what will be read soon. Alone it follows a few streams, each to the end of its page of 4 KB: AdamW
-    with the cautious flag, which reads four, takes a fifth less of large weights, and a quarter less of small ones."""
+    """Tell the CPU what will be read soon: alone it follows few streams, to the end of its page, a fifth slower."""
     line = load_line(kernel, var, index, dtype, *args)
     if index == 0 or os.name == "nt":  # a buffer of the loop; another compiler
         return line
@@ -257,8 +257,7 @@ def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _read_again(lowering: Any, name: str) -> None:
-    """Store what was computed from a buffer that is now written, if it is still to be used. Inductor stores all of it,
-    and then works on loops that nothing reads: for AdamW with Kahan's rounding 15 of 24."""
+    """Store what was computed from a buffer that is now written only if used later: Inductor stores all of it."""
     alive = {id(x) for x in tree_leaves([*lowering.env.values()])}
     lowering.name_to_users[name] = [x for x in lowering.name_to_users[name] if id(x) in alive]
     mark_mutated(lowering, name)
@@ -271,9 +270,9 @@ def _sizes_of(inputs: Sequence[Any]) -> list[torch.SymInt]:
 
 
 def _built_before(isa: Any, code: str) -> bool:
-    """What builds for wide vectors builds for narrower ones, but Inductor tries them all, and with torch's headers, a
+    """What builds for wide vectors builds for narrower ones, but Inductor tries them all, and with large headers, a
     quarter of a first step. Here the compiler has to know their flags; where torch lacks them, the loop takes over."""
-    if code not in _built and dry_compile(isa, "" if code == isa._avx_code else code):
+    if code not in _built and dry_compile(isa, ""):
         _built.add(code)
     return code in _built
 
@@ -311,8 +310,7 @@ def repaired(dtypes: set[torch.dtype]) -> Iterator[None]:
         patch.object(VecISA, "check_build", _built_before),
         patch.object(FxGraphCache, "_filter_backed_symints", staticmethod(_sizes_of)),
         patch.object(GraphLowering, "mark_buffer_mutated", _read_again),
-        # A buffer that was written in place is read by another name: no error (pytorch#196570), Inductor only asks
-        # whether the buffer could be kept for one loop, and it could not.
+        # What was written in place has another name: no error (pytorch#196570), it cannot be kept for one loop anyway.
         patch.object(LoopBody, "get_read_expr", lambda body, name: next(iter(body.get_all_read_expr(name)), None)),
         patch.object(TilingSelect, "select_tiling", whole_vectors),
         patch.object(CppScheduling, "get_fusion_pair_priority", rows_first),

@@ -113,44 +113,47 @@ def _met(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> It
     travel in one fp32 tensor, so no value ever recompiles."""
     spec, device, program = call.spec, call.items[0].weight.device, call.chunks[0].program
     packed = pack([values.get(name, 0.0) for name in spec.dynamic], torch.float32, device)
-    pairs = pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device) if spec.noisy else None
+    noise = [*noise, *[(0, 0)] * len(call.chunks[-1].idle)]
+    pairs = [pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device)] if spec.noisy else []
     adds = all(collective.adds for _, sends in program.before for collective in sends)
     together = len(call.chunks) if program.before and adds else 1  # not where whole tensors are sent
     for first in range(0, len(call.chunks), together):
         batch = call.chunks[first : first + together]
-        every = [[*chunk.fixed, *[item.given(local=True) for item in chunk.items], packed] for chunk in batch]
-        for chunk, args in zip(batch, every):
-            args += [] if pairs is None else [pairs[4 * chunk.start : 4 * (chunk.start + len(chunk.items))]]
+        grads = [[item.given(local=True) for item in chunk.items] for chunk in batch]
+        own = [[x[4 * c.start : 4 * (c.start + len([*c.items, *c.idle]))] for x in pairs] for c in batch]
+        every = [[*chunk.fixed, *g, *chunk.idle, packed, *x] for chunk, g, x in zip(batch, grads, own)]
         if program.before:
             program.meet(every)
         yield from zip(batch, every)
 
 
 def chunks(call: Call) -> list[Chunk]:
-    """The items in full chunks, then one by one: two sizes of code, whatever the number of tensors."""
+    """The items in chunks of one size, the last one filled with zeros or else its items alone: two sizes of code."""
     spec, kind, found, start = call.spec, call.items[0].kind, [], 0
     alone = kind.large or kind.layouts[0]  # what sharded ones ask other ranks for, `meet` joins
     long = any(dtype != torch.float32 for dtype in kind.dtypes)  # rounding is as much code again as the rule
     cpu = kind.device.type == "cpu"  # on a GPU a chunk takes few more launches than a tensor
     long = long or cpu and (bool(spec.sums) or not spec.elementwise)
-    share = 4 if cpu and not spec.rule.elementwise else 2 if long else 1
-    size = 1 if alone else -(-CHUNK // share)
+    size = 1 if alone else -(-CHUNK // (4 if cpu and not spec.rule.elementwise else 2 if long else 1))
+    fill = call.items[0].flat and not spec.sums and len(call.items) > 1
     while start < len(call.items):
         items = call.items[start : start + size]
-        items = items if len(items) == size else items[:1]
-        found.append(_chunk(spec, items, start))
+        items = items if fill or len(items) == size else items[:1]
+        found.append(_chunk(spec, items, start, size if fill else len(items)))
         start += len(items)
     return found
 
 
-def _chunk(spec: Spec, items: list[Item], start: int) -> Chunk:
-    fixed = [sharding.local(x) for item in items for x in (item.weight, *item.bufs.values())]
-    example = [*fixed, *(item.gradient(local=True) for item in items)]
-    kinds = [(len(spec.dynamic), torch.float32), *([(4 * len(items), torch.int32)] if spec.noisy else [])]
-    example += [torch.zeros(n, dtype=dtype, device=fixed[0].device) for n, dtype in kinds]
-    code = partial(programs, spec, items[0].kind, len(items))
+def _chunk(spec: Spec, items: list[Item], start: int, count: int) -> Chunk:
+    kind, args = items[0].kind, [[x.weight, *x.bufs.values(), x.gradient(local=True)] for x in items]
+    least = [codegen.VECTOR if axis else size for axis, size in enumerate(kind.sizes[0])]
+    args += [[x.new_zeros(least) for x in args[0]] for _ in range(count - len(items))]
+    fixed, grads = [sharding.local(x) for *own, _ in args for x in own], [g for *_, g in args]
+    kinds = [(len(spec.dynamic), torch.float32), *([(4 * count, torch.int32)] if spec.noisy else [])]
+    example = [*fixed, *grads, *[torch.zeros(n, dtype=dtype, device=kind.device) for n, dtype in kinds]]
+    code = partial(programs, spec, kind, count)
     sums = code(True).serving(example) if spec.sums and not any(item.sharded for item in items) else None
-    return Chunk(items, start, fixed, code(False).serving(example), sums)
+    return Chunk(items, start, fixed, grads[len(items) :], code(False).serving(example), sums)
 
 
 @cache

@@ -47,8 +47,7 @@ def summed(x: Tensor, axis: int) -> Tensor:
 
 
 def averaged(x: Tensor, axes: Sequence[int] = (), keepdim: bool = False) -> Tensor:
-    """The mean over axes (none given: over all), as [`summed`]. Of shards of unequal sizes, `x.mean` would gather all
-    of `x` on every rank."""
+    """The mean over axes (none: over all), as [`summed`]. Of uneven shards `x.mean` would gather `x` on every rank."""
     axes = tuple(axes) or tuple(range(x.ndim))
     return settle(x.sum(axes, keepdim)) / math.prod(x.shape[a] for a in axes)
 

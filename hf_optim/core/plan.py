@@ -66,6 +66,7 @@ class Chunk:
     items: list[Item]
     start: int
     fixed: list[Tensor]
+    idle: list[Tensor]  # gradients of zeros that fill it up, to the number of tensors of other chunks
     program: Program
     sums: Any  # the program of what they add to those of the whole model; none for shards
 

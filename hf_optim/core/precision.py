@@ -32,8 +32,7 @@ def slot_dtype(p: Tensor, slot: Any, wanted: str) -> torch.dtype:
 
 
 def is_coded(p: Tensor, slot: Any, wanted: str) -> bool:
-    """Whether a [`Slot`] of `p` is kept as int8 codes and their scales. What is divided by is not: next to 0 a code of
-    its block is far off."""
+    """Whether a [`Slot`] of `p` is in int8 codes and scales. What is divided by is not: near 0 they are far off."""
     average = slot.narrow and slot.dtype is None and slot.fill == 0 and not slot.positive
     return wanted == "int8" and average and p.dtype != torch.float64 and _is_large(p)
 
