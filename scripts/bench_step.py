@@ -10,8 +10,9 @@ Times optimizer steps against `torch.optim.AdamW(fused=True)` and against the by
 
 Every process steps the same tensors by fused AdamW, copies memory, steps them by the optimizer, by fused AdamW again,
 and so on; the figures are medians over rounds, then over fresh processes. On a CPU the clock is the CPU time of the
-process. `first step` is the cold cost of the first step (compilers started for it included), `extra` what a step
-allocates beyond weights, gradients and state, `x bytes` the time relative to that of moving each byte once.
+process. `first step` is the CPU time of a first step where nothing was ever compiled, in a process of its own, that of
+the compilers it starts included; `extra` what a step allocates beyond weights, gradients and state; `x bytes` the time
+relative to that of moving each byte once.
 """
 
 import importlib
@@ -32,7 +33,7 @@ import torch
 import typer
 from measure import environment
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 import hf_optim
@@ -81,8 +82,6 @@ class Bench:
         # no cache holds 256 MiB; on a GPU what is copied takes a millisecond, next to which its start is nothing
         self.memory = torch.zeros(2, 1 << (29 if self.device.type == "cuda" else 26), device=self.device)
         self.reference.step()
-        ready = torch.compile(lambda x: x + 1)
-        ready(torch.ones(4, device=self.device))  # the compiler's own start is not the optimizer's
 
     def _normal(self, size: Any, draw: torch.Generator, scale: float) -> torch.Tensor:
         return torch.randn(size, generator=draw, device=self.device) * scale
@@ -148,14 +147,15 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def measure(bench: Bench, name: str, options: str, rounds: int) -> dict[str, float]:
-    """The figures of one optimizer in this process."""
+    """The figures of one optimizer in this process; without rounds those of its first step."""
     optimizer = build(name, bench.params, options)
     needs_loss = getattr(optimizer, "needs_loss", False)
     loss = torch.ones((), device=bench.device)
     step = (lambda: optimizer.step(loss=loss)) if needs_loss else optimizer.step
     before, programs = cpu_seconds(), Programs.built
     step()
-    first, programs = cpu_seconds() - before, Programs.built - programs
+    if not rounds:
+        return {"first_seconds": cpu_seconds() - before, "programs": Programs.built - programs}
     step()
     reference, times, ratios, speeds = bench.seconds(bench.reference.step), [], [], []
     for _ in range(rounds):
@@ -174,8 +174,6 @@ def measure(bench: Bench, name: str, options: str, rounds: int) -> dict[str, flo
         "us_per_tensor": 1e6 * seconds / len(bench.params),
         "state_bytes": held / bench.numel,
         "extra_bytes": bench.extra(step) / bench.numel,
-        "first_seconds": first,
-        "programs": programs,
     }
 
 
@@ -187,17 +185,31 @@ def measured(bench: Bench, name: str, options: str, rounds: int) -> dict[str, fl
         return None
 
 
-def in_a_process(names: list[str], shapes: str, dtype: str, device: str, options: str, rounds: int, threads: int):
-    """The figures of every name, measured in a fresh process with an empty compiler cache."""
-    call = [sys.executable, __file__, *names, "--shapes", shapes, "--dtype", dtype, "--device", device]
-    call += ["--options", options, "--rounds", str(rounds), "--threads", str(threads), "--processes", "0"]
-    with tempfile.TemporaryDirectory() as cache:
-        # compilers as children of the process: those of a pool of workers would not be counted
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        done = subprocess.run(call, env=env, capture_output=True, text=True)
+def in_a_process(call: list[str], names: list[str], rounds: int, caches: str) -> dict[str, Any]:
+    """The figures of every name, measured in a fresh process; compilers keep what they make in the folder `caches`."""
+    call = [*call, *names, "--rounds", str(rounds), "--processes", "0"]
+    # compilers as children of the process: those of a pool of workers would not be counted
+    env = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/code", "TMPDIR": caches, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run(call, env={**os.environ, **env}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(call)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_processes(call: list[str], names: list[str], rounds: int, processes: int, title: str) -> list[dict[str, Any]]:
+    """What each of so many processes measured of every name, and of its first step another one."""
+    found = []
+    with Progress() as progress, tempfile.TemporaryDirectory() as caches:
+        task = progress.add_task(title, total=processes * (1 + len(names)))
+        for _ in range(processes):
+            found.append(in_a_process(call, names, rounds, caches))
+            progress.advance(task)
+            for name in names:
+                with tempfile.TemporaryDirectory() as empty:
+                    first = in_a_process(call, [name], 0, empty)[name]
+                found[-1][name] = first and found[-1][name] and {**found[-1][name], **first}
+                progress.advance(task)
+    return found
 
 
 def as_table(record: dict[str, Any]) -> Table:
@@ -236,7 +248,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of weights and gradients.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     options: Annotated[str, typer.Option(help="Options of the optimizers, as in --optim_args.")] = "",
-    rounds: Annotated[int, typer.Option(help="Steps timed in every process.", min=1)] = 9,
+    rounds: Annotated[
+        int, typer.Option(help="Steps timed in every process; 0 (with --processes 0): the first step.", min=0)
+    ] = 9,
     threads: Annotated[int, typer.Option(help="Of torch, on a CPU.", min=1)] = 1,
     processes: Annotated[int, typer.Option(help="Fresh processes; 0 measures in this one.", min=0)] = 3,
     output_dir: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = RESULTS,
@@ -249,15 +263,16 @@ def main(
         raise typer.BadParameter(
             f"--device must be cpu or cuda (one of several: CUDA_VISIBLE_DEVICES), got {device!r}"
         )
+    if processes and not rounds:
+        raise typer.BadParameter("--rounds 0 takes the first step in this process: add --processes 0")
     if not processes:
         torch.set_num_threads(threads)
         bench = Bench(shapes, dtype, device)
         print(json.dumps({name: measured(bench, name, options, rounds) for name in names}))
         return
-    found = [
-        in_a_process(names, shapes, dtype, device, options, rounds, threads)
-        for _ in track(range(processes), description=f"{len(names)} optimizers on {shapes}")
-    ]
+    call = [sys.executable, __file__, "--shapes", shapes, "--dtype", dtype, "--device", device]
+    call += ["--options", options, "--threads", str(threads)]
+    found = in_processes(call, names, rounds, processes, f"{len(names)} optimizers on {shapes}")
     fit = [name for name in names if all(one[name] for one in found)]
     rows = {n: {key: statistics.median(one[n][key] for one in found) for key in FIGURES} for n in fit}
     what = torch.cuda.get_device_name() if device == "cuda" else environment()["machine"]

@@ -335,17 +335,26 @@ def test_what_does_not_fit_leaves_the_others_their_figures(script, monkeypatch, 
     monkeypatch.setitem(bench.SHAPES, "gpt2", lambda: [(4, 4)] * 2)
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench.Bench, "bandwidth", lambda b: 1e9)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    with monkeypatch.context() as inside:
-        inside.setattr(torch, "set_num_threads", lambda n: None)
-        bench.main(["adalo", "muon"], "gpt2", "float32", "cpu", "backend=loop", 1, 1, 0, tmp_path)
-    found = json.loads(capsys.readouterr().out)
-    assert found["muon"] is None and found["adalo"]["state_bytes"] == 4
-    monkeypatch.setattr(bench, "in_a_process", lambda *_: found)
+
+    def in_a_process(call, names, rounds, caches):
+        with monkeypatch.context() as inside:
+            inside.setattr(torch, "set_num_threads", lambda n: None)
+            bench.main(names, "gpt2", "float32", "cpu", "backend=loop", rounds, 1, 0, tmp_path)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert in_a_process([], ["adalo", "muon"], 1, "")["adalo"]["state_bytes"] == 4
+    assert in_a_process([], ["adalo"], 0, "")["adalo"]["programs"] == 0  # in the loop
+    monkeypatch.setattr(bench, "in_a_process", in_a_process)
     bench.main(["adalo", "muon"], "gpt2", "float32", "cpu", "", 1, 1, 1, tmp_path)
     record = json.loads((tmp_path / "step_gpt2_float32_cpu.json").read_text())
     assert list(record["optimizers"]) == ["adalo"] and record["out_of_memory"] == ["muon"]
     assert "out of memory: muon" in capsys.readouterr().out
+
+
+def test_first_steps_alone_are_taken_in_this_process(script):
+    bench = script("bench_step")
+    with pytest.raises(bench.typer.BadParameter, match="--processes 0"):
+        bench.main(["adalo"], device="cpu", rounds=0)
 
 
 def test_one_gpu_of_several_is_chosen_by_the_environment(script):
