@@ -197,18 +197,19 @@ def in_a_process(call: list[str], names: list[str], rounds: int, caches: str) ->
 
 
 def in_processes(call: list[str], names: list[str], rounds: int, processes: int, title: str) -> list[dict[str, Any]]:
-    """What each of so many processes measured of every name, and of its first step another one."""
-    found = []
+    """What each of so many processes measured of every name, and what one more did of its first step."""
     with Progress() as progress, tempfile.TemporaryDirectory() as caches:
-        task = progress.add_task(title, total=processes * (1 + len(names)))
+        task = progress.add_task(title, total=processes + len(names))
+        found = []
         for _ in range(processes):
             found.append(in_a_process(call, names, rounds, caches))
             progress.advance(task)
-            for name in names:
-                with tempfile.TemporaryDirectory() as empty:
-                    first = in_a_process(call, [name], 0, empty)[name]
-                found[-1][name] = first and found[-1][name] and {**found[-1][name], **first}
-                progress.advance(task)
+        for name in names:
+            with tempfile.TemporaryDirectory() as empty:
+                first = in_a_process(call, [name], 0, empty)[name]
+            for one in found:
+                one[name] = first and one[name] and {**one[name], **first}
+            progress.advance(task)
     return found
 
 

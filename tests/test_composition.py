@@ -107,7 +107,7 @@ def test_pairs_and_triples(class_name):
 
 
 CLASSES = {hf_optim.info(n).cls: n for n in reversed(hf_optim.list_optimizers())}.values()
-FAST = ("adamw", "adafactor_corrected", "adalo")
+FAST = ("adafactor_corrected",)
 
 
 @pytest.mark.parametrize("which", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CLASSES])

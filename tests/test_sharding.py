@@ -132,8 +132,8 @@ def shards_equal_whole(name, variants, shapes):
     assert not found, "\n".join(found)
 
 
-def test_sharded_equals_whole(name):
-    launch(2, shards_equal_whole, name, [*few(name), ({"precision": "kahan"}, BF16)], SHAPES)
+def test_sharded_equals_whole(second_name):
+    launch(2, shards_equal_whole, second_name, [*few(second_name), ({"precision": "kahan"}, BF16)], SHAPES)
 
 
 @pytest.mark.parametrize("which", slow_but("adalo", "adafactor_corrected", "smmf", "muon"))
@@ -410,8 +410,8 @@ def collectives(name):
     assert plain <= max(6, iterations) and max(counts.values()) <= 12 + iterations, counts
 
 
-def test_collectives_per_step_are_few(name):
-    launch(2, collectives, name)
+def test_collectives_per_step_are_few(second_name):
+    launch(2, collectives, second_name)
 
 
 def square_matrices():

@@ -22,7 +22,7 @@ from .sharding import placed
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 16  # tensors per compiled call: compile time grows with it, the share of a call that each pays falls
+CHUNK = 16  # tensors per compiled call, at most: compile time grows with it, what a call costs each of them falls
 BLOCK = 1 << 17  # elements of a CPU tensor that the eager loop works on at a time
 LANES = 64  # of them that the widest CPU kernel takes at a time
 AUTO_NUMEL = 1_000_000  # below this many elements compiling costs more than it will save
@@ -131,9 +131,8 @@ def chunks(call: Call) -> list[Chunk]:
     """The items in chunks of one size, the last one filled with zeros or else its items alone: two sizes of code."""
     spec, kind, found, start = call.spec, call.items[0].kind, [], 0
     alone = kind.large or kind.layouts[0]  # what sharded ones ask other ranks for, `meet` joins
-    long = any(dtype != torch.float32 for dtype in kind.dtypes)  # rounding is as much code again as the rule
     cpu = kind.device.type == "cpu"  # on a GPU a chunk takes few more launches than a tensor
-    long = long or cpu and (bool(spec.sums) or not spec.elementwise)
+    long = cpu or any(dtype != torch.float32 for dtype in kind.dtypes)  # rounding is as much code again as the rule
     size = 1 if alone else -(-CHUNK // (4 if cpu and not spec.rule.elementwise else 2 if long else 1))
     fill = call.items[0].flat and not spec.sums and len(call.items) > 1
     while start < len(call.items):
