@@ -161,8 +161,9 @@ def _watched(buffer: Tensor, pointers: list[int], *aliases: Tensor) -> ref[Tenso
 
 
 def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
-    if p.grad is None or p.grad.layout != torch.strided:
-        raise RuntimeError(f"{spec.rule.__name__} needs dense gradients; use `sparse=False`")
+    layout = getattr(p.grad, "layout", None)
+    if p.grad is None or layout != torch.strided:
+        raise RuntimeError(f"{spec.rule.__name__} needs dense gradients, got {layout}: use `sparse=False`")
     weight, g, bufs = p.detach(), p.grad, {name: state[name].detach() for name in spec.stored}
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
