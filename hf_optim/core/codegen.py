@@ -172,7 +172,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
-        config.patch(cpp_cache_precompile_headers=Programs.built > 0),  # it takes as long as several builds without
+        config.patch(cpp_cache_precompile_headers=Programs.built > 0),  # not for the first: often there is no other
         repaired(dtypes),
         compiler_config.patch(cache_key_tag=f"{key} {inputs[0].is_cpu and pick_vec_isa()}"),  # type: ignore[attr-defined]
     ):

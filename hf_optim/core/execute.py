@@ -114,14 +114,14 @@ def _met(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> It
     spec, device, program = call.spec, call.items[0].weight.device, call.chunks[0].program
     packed = pack([values.get(name, 0.0) for name in spec.dynamic], torch.float32, device)
     noise = [*noise, *[(0, 0)] * len(call.chunks[-1].idle)]
-    pairs = [pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device)] if spec.noisy else []
+    pairs: Any = pack([x for pair in noise for x in (*pair, 0, 0)], torch.int32, device) if spec.noisy else None
     adds = all(collective.adds for _, sends in program.before for collective in sends)
     together = len(call.chunks) if program.before and adds else 1  # not where whole tensors are sent
     for first in range(0, len(call.chunks), together):
         batch = call.chunks[first : first + together]
-        grads = [[item.given(local=True) for item in chunk.items] for chunk in batch]
-        own = [[x[4 * c.start : 4 * (c.start + len([*c.items, *c.idle]))] for x in pairs] for c in batch]
-        every = [[*chunk.fixed, *g, *chunk.idle, packed, *x] for chunk, g, x in zip(batch, grads, own)]
+        every = [[*x.fixed, *[item.given(local=True) for item in x.items], *x.idle, packed] for x in batch]
+        for x, args in zip(batch, every if spec.noisy else ()):
+            args.append(pairs[4 * x.start : 4 * (x.start + len(x.items) + len(x.idle))])
         if program.before:
             program.meet(every)
         yield from zip(batch, every)
