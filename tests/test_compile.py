@@ -105,7 +105,8 @@ def test_tensors_that_fill_no_chunk_share_its_code(which, graphs):
     advance(one, params, 2)
     advance(two, theirs, 2)
     spec = two._plan.calls[0].spec
-    assert len(graphs) == 1 or spec.sums or not spec.elementwise
+    if spec.elementwise and not spec.sums:  # zeros fill the last chunk
+        assert len(graphs) == 1
     assert far(theirs, params) < 2e-6 and two.effective_lr() == pytest.approx(one.effective_lr())
 
 

@@ -238,7 +238,7 @@ def test_zero_gradient_entries(second_name, zeros):
     for dtype, cases in ((torch.float32, [{}]), (torch.float64, combinations(second_name))):
         for case in cases:
             run = Run(second_name, dtype=dtype, **case)
-            for t in range(20):  # from the first step on, and later
+            for t in range(30):  # from the first step on, and later
                 run.step(zeros=zeros if t % 10 < 5 else 0.0)
             assert run.error() < (bar(second_name) if dtype == torch.float32 else exact(second_name)), case
 
@@ -283,7 +283,7 @@ def test_flags_have_cases(rule):
 
 @each_rule
 def test_every_flag_in_float64(rule):
-    assert not failures(rule, flag_cases(rule), 15, exact(rule), dtype=torch.float64)
+    assert not failures(rule, flag_cases(rule), 25, exact(rule), dtype=torch.float64)
 
 
 @adamw_or_slow
@@ -490,7 +490,7 @@ def test_kahan_weights_keep_sixteen_bits(second_name):
 @pytest.mark.parametrize("grad_dtype", UNIT, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1.0])  # the square of 1e-4 is 0 in fp16
 def test_low_precision_gradients(second_name, grad_dtype, scale):
-    assert Run(second_name, grad_dtype=grad_dtype).go(40, scale=scale) < bar(second_name)
+    assert Run(second_name, grad_dtype=grad_dtype).go(60, scale=scale) < bar(second_name)
     if not refuses_release(second_name):
         released = Run(second_name, [(), (7,), (6, 4)], grad_dtype=grad_dtype, release=True)
         assert released.go(20, scale=scale) < bar(second_name)

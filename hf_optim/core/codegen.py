@@ -119,7 +119,7 @@ class Programs:
     layout: sharding.Layout | None  # of sharded ones: their sizes are fixed
     compiled: list[Program] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)  # lengths of rows with code of their own
-    built: ClassVar[int] = 0  # in this process, of all functions: what a benchmark reports
+    built: ClassVar[int] = 0  # in this process, of all functions
 
     def serving(self, args: list[Tensor]) -> Program:
         """The program for tensors of these sizes; compiled now if there is none."""
@@ -226,7 +226,7 @@ def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
 
 
 def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) -> str:
-    """Tell the CPU what will be read soon: alone it follows few streams, to the end of its page, a fifth slower."""
+    """Tell the CPU what will be read soon: alone it follows few streams, each to the end of its page."""
     line = load_line(kernel, var, index, dtype, *args)
     if index == 0 or os.name == "nt":  # a buffer of the loop; another compiler
         return line
@@ -270,8 +270,8 @@ def _sizes_of(inputs: Sequence[Any]) -> list[torch.SymInt]:
 
 
 def _built_before(isa: Any, code: str) -> bool:
-    """What builds for wide vectors builds for narrower ones, but Inductor tries them all, and with large headers, a
-    quarter of a first step. Here the compiler has to know their flags; where torch lacks them, the loop takes over."""
+    """What builds for wide vectors builds for narrower ones, but Inductor tries them all, each with large headers
+    that it does not need. Here the compiler has to know their flags; where torch lacks them, the loop takes over."""
     if code not in _built and dry_compile(isa, ""):
         _built.add(code)
     return code in _built
