@@ -119,9 +119,12 @@ def as_compiled(graph):
     def run(args):
         sizes = {}
         for x, arg in zip(inputs, args):
-            for size, n in zip(x.shape, arg.shape):
+            for size, n in zip(getattr(x, "shape", [x]), getattr(arg, "shape", [arg])):  # spans are numbers
                 sizes.setdefault(str(size), n)
-        # not `graph(...)`: CommDebugMode would trip over calls of modules
-        return graph.forward(*[arg.view([sizes[str(size)] for size in x.shape]) for x, arg in zip(inputs, args)])
+        seen = [
+            arg if isinstance(arg, int) else arg.view([sizes[str(size)] for size in x.shape])
+            for x, arg in zip(inputs, args)
+        ]
+        return graph.forward(*seen)  # not `graph(...)`: CommDebugMode would trip over calls of modules
 
     return run

@@ -24,7 +24,7 @@ from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import fresh_cache
 
 import hf_optim
-from hf_optim.core import codegen, execute
+from hf_optim.core import codegen, execute, plan
 
 
 # With chunks of three, or of two: full chunks and a single tensor of each rank; a scalar, sizes of one, nothing.
@@ -117,6 +117,19 @@ def test_code_for_one_length_of_rows_does_not_serve_another(graphs):
     advance(one, params, 2)
     advance(two, theirs, 2)
     assert len(graphs) == 3 and not execute._broken and far(theirs, params) < 2e-6
+
+
+SPANS = [(96, 2 * codegen.SPAN), (80, 4 * codegen.SPAN), (130, 3 * codegen.SPAN)]
+
+
+@pytest.mark.parametrize("which", slow_but("adafactor_corrected", "cautious_adamw", "sm3", "smmf"))
+def test_large_tensors_share_code_for_rows_of_any_number_of_spans(which, graphs, monkeypatch):
+    monkeypatch.setattr(plan, "LARGE", 1 << 15)
+    one, params = build(which, SPANS, backend="loop", **moments(which))
+    two, theirs = build(which, SPANS, backend="fused", **moments(which))
+    advance(one, params, 2)
+    advance(two, theirs, 2)
+    assert len(graphs) == 1 and not execute._broken and far(theirs, params) < 2e-6
 
 
 @pytest.mark.parametrize("which", ["adamw", "sm3"])
@@ -490,6 +503,14 @@ def test_sums_over_the_model_equal_those_of_the_loop(which, state_dtype, graphs,
     monkeypatch.setattr(execute, "measure_tensor", None)  # they are in the code: no tensor is measured by itself
     advance(two, theirs, 2, first=2)
     assert graphs and not execute._broken and far(theirs, params) < 2e-6
+
+
+@pytest.mark.parametrize("which", slow_but("smmf"))
+def test_generated_code_for_spans_equals_the_loop(which, monkeypatch):
+    monkeypatch.setattr(plan, "LARGE", 1 << 15)
+    for options in ({}, {"dtype": BF16, "precision": "kahan"}):
+        _, params, _, theirs = compare_with_inductor(which, SPANS, **options, **moments(which))
+        assert far(theirs, params) < (2**-8 if options else 2e-6)
 
 
 @pytest.mark.slow

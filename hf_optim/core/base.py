@@ -626,8 +626,7 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults.pop("differentiable", None)  # torch adds it: a group key that only resumed runs would save
         self._plan = None
         for group in self.param_groups:  # an older checkpoint may lack an option
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            group |= self.defaults | group
 
     def parameters(self) -> Iterator[Tensor]:
         """All parameters, group by group."""

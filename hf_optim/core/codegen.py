@@ -52,6 +52,7 @@ from .graph import parts, reduce_late, store_small, write_early
 
 REGISTER = 16  # fp32 elements of the widest vector register
 VECTOR = 64  # elements in a row of an elementwise tensor, whose shape plays no part
+SPAN = 256  # entries, also as bits a whole vector of bf16: rows of any number of spans share code
 LARGE = 1 << 18  # elements from which a tensor that is reduced is stepped alone: it fills the cache
 AHEAD = 2048  # bytes from what a CPU reads to what it is told to fetch
 ROWS = 24  # of a block in which a CPU reduces over rows: the next line of memory of each is then near
@@ -85,7 +86,7 @@ _built: set[str] = set()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=AsyncCompile.pool.cache_clear)
 
-Code = Callable[[list[Tensor]], Sequence[Tensor]]  # empties the list of arguments
+Code = Callable[[list[Any]], Sequence[Tensor]]  # empties the list of arguments, tensors and numbers of spans
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Program:
     env: ShapeEnv
     before: list[tuple[Code, list[sharding.Collective]]]  # parts of the step that end by asking other ranks
 
-    def meet(self, every: list[list[Tensor]]) -> None:
+    def meet(self, every: list[list[Any]]) -> None:
         """Complete the arguments of several calls by what `code` needs from other ranks."""
         for code, sends in self.before:
             sent = [x for args in every for x in code([*args])[: len(sends)]]
@@ -105,7 +106,7 @@ class Program:
             for args in every:
                 args += islice(received, len(sends))
 
-    def serves(self, args: Sequence[Tensor]) -> bool:
+    def serves(self, args: Sequence[Any]) -> bool:
         return bool(self.env.evaluate_guards_expression(self.condition or "True", args))
 
 
@@ -121,14 +122,14 @@ class Programs:
     widths: set[int] = field(default_factory=set)  # lengths of rows with code of their own
     built: ClassVar[int] = 0  # in this process, of all functions
 
-    def serving(self, args: list[Tensor]) -> Program:
+    def serving(self, args: list[Any]) -> Program:
         """The program for tensors of these sizes; compiled now if there is none."""
         for program in self.compiled:
             if self.layout or program.serves(args):  # strides of a rank's empty shard, say, are not to set it apart
                 return program
         if len(self.compiled) >= VARIANTS:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
-        if args[0].ndim > 1 and len(self.widths) < WIDTHS:
+        if args[0].ndim > 1 and len(self.widths) < WIDTHS and int not in map(type, args):
             self.widths.add(args[0].shape[-1])
         with sharding.on_all_or_none(self.layout) as sends:
             program = self._build(args)
@@ -137,14 +138,13 @@ class Programs:
         Programs.built += 1
         return program
 
-    def _build(self, args: list[Tensor]) -> Program:
-        """Trace the function and compile it, for any sizes but those that `_sizes` says are fixed."""
+    def _build(self, args: list[Any]) -> Program:
+        """Trace the function and compile it, for any sizes but those that `_fake` says are fixed."""
         env = ShapeEnv(duck_shape=False)  # sizes that happen to be equal now need not be later
         mode = FakeTensorMode(shape_env=env)
-        on_cpu, rows = args[0].device.type == "cpu", args[0].ndim > 1 and args[0].shape[-1] in self.widths
         with torch.no_grad():
-            fakes: list[Any] = [_fake(mode, x, i, self._sizes(x, rows)) for i, x in enumerate(args)]
-            table = select_decomp_table() | ALWAYS | (BLOCKED if self.large and on_cpu else {})
+            fakes = [self._fake(mode, env, x, LocalSource(f"t{i}")) for i, x in enumerate(args)]
+            table = select_decomp_table() | ALWAYS | (BLOCKED if self.large and args[0].is_cpu else {})
             with mode, enable_python_dispatcher():
                 graph = make_fx(self.function, decomposition_table=table)(*fakes).graph
             graph.eliminate_dead_code()
@@ -152,12 +152,16 @@ class Programs:
         guards = env.produce_guards(fakes, [LocalSource(f"t{i}") for i in range(len(fakes))], ignore_static=False)
         return Program(last, " and ".join(g for g in guards if "storage_offset" not in g), env, before)
 
-    def _sizes(self, x: Tensor, rows: bool) -> list[DimDynamic]:
-        """Which sizes may differ between calls (0 and 1 never). With `rows`, not their length; of a DTensor, none."""
+    def _fake(self, mode: FakeTensorMode, env: ShapeEnv, x: Any, source: LocalSource) -> Any:
+        """What an argument is traced as. Its sizes may differ later; not 0 and 1, those of DTensors, and `widths`."""
+        if isinstance(x, int):
+            return env.create_symintnode(env.create_symbol(x, source, DimDynamic.DYNAMIC), hint=x, source=source)
         sizes = [DimDynamic.STATIC if self.layout else DimDynamic.DYNAMIC] * x.ndim
-        if rows and x.ndim > 1 and x.shape[-1] % REGISTER == 0:
+        if x.ndim > 1 and x.shape[-1] in self.widths and x.shape[-1] % REGISTER == 0:
             sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
-        return sizes
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        x = x.as_strided(x.shape, x.stride(), 0).data  # where storages begin is nothing to the code; views take longer
+        return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=source)
 
 
 def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
@@ -166,13 +170,13 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
     store_small(graph)
     module = GraphModule(torch.nn.Module(), graph)
     inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-    dtypes = {x.dtype for x in inputs}
+    dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)}
     key = f"{compiler_config.cache_key_tag} {TAG}"
     with (
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
-        config.patch(cpp_cache_precompile_headers=Programs.built > 0),  # not for the first: often there is no other
+        config.patch(cpp_cache_precompile_headers=Programs.built > 3),  # to make them takes as long as four programs
         repaired(dtypes),
         compiler_config.patch(cache_key_tag=f"{key} {inputs[0].is_cpu and pick_vec_isa()}"),  # type: ignore[attr-defined]
     ):
@@ -185,12 +189,6 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
             Path(part).unlink(missing_ok=True)
             made = compile_fx_inner(module, inputs, is_inference=True)
     return getattr(made, "current_callable", made)  # what calls it looks for profilers every time
-
-
-def _fake(mode: FakeTensorMode, x: Tensor, position: int, sizes: list[DimDynamic]) -> Tensor:
-    x = x.as_strided(x.shape, x.stride(), 0).data  # where a storage begins is nothing to the code; views take longer
-    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(f"t{position}"))
 
 
 # ---- Inductor, where its code for CPUs falls short -----------------------------------------------------------------

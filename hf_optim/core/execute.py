@@ -108,7 +108,7 @@ def summands(call: Call, values: dict[str, Any], backend: str) -> list[tuple[int
     return [(-1, compiled)]
 
 
-def _met(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> Iterator[tuple[Chunk, list[Tensor]]]:
+def _met(call: Call, values: dict[str, Any], noise: list[tuple[int, int]]) -> Iterator[tuple[Chunk, list[Any]]]:
     """Every chunk with its arguments; those of sharded tensors after all of them have met the other ranks. Scalars
     travel in one fp32 tensor, so no value ever recompiles."""
     spec, device, program = call.spec, call.items[0].weight.device, call.chunks[0].program
@@ -147,9 +147,11 @@ def _chunk(spec: Spec, items: list[Item], start: int, count: int) -> Chunk:
     kind, args = items[0].kind, [[x.weight, *x.bufs.values(), x.gradient(local=True)] for x in items]
     least = [codegen.VECTOR if axis else size for axis, size in enumerate(kind.sizes[0])]
     args += [[x.new_zeros(least) for x in args[0]] for _ in range(count - len(items))]
-    fixed, grads = [sharding.local(x) for *own, _ in args for x in own], [g for *_, g in args]
-    kinds = [(len(spec.dynamic), torch.float32), *([(4 * count, torch.int32)] if spec.noisy else [])]
-    example = [*fixed, *grads, *[torch.zeros(n, dtype=dtype, device=kind.device) for n, dtype in kinds]]
+    fixed: list[Any] = [sharding.local(x) for *own, _ in args for x in own]
+    fixed += [fixed[0].shape[-1] // codegen.SPAN] if kind.spans else []
+    grads = [g for *_, g in args]
+    example = [*fixed, *grads, torch.zeros(len(spec.dynamic), dtype=torch.float32, device=kind.device)]
+    example += [torch.zeros(4 * count, dtype=torch.int32, device=kind.device)] if spec.noisy else []
     code = partial(programs, spec, kind, count)
     sums = code(True).serving(example) if spec.sums and not any(item.sharded for item in items) else None
     return Chunk(items, start, fixed, grads[len(items) :], code(False).serving(example), sums)
@@ -160,12 +162,14 @@ def programs(spec: Spec, kind: Kind, count: int, sums: bool) -> codegen.Programs
     """The compiled code for tensors of a kind, `count` at a time: of their step, or of what they add to `sums`."""
     place, of_gradient, *of_bufs = kind.layouts
 
-    def step(*args: Tensor) -> list[Tensor]:
+    def step(*args: Any) -> list[Tensor]:
         rest = iter(args)
         own = [
             (placed(next(rest), place), {k: placed(next(rest), where) for k, where in zip(spec.stored, of_bufs)})
             for _ in range(count)
         ]
+        if kind.spans:
+            torch._check(own[0][0].shape[-1] == codegen.SPAN * next(rest))  # so no loop needs code for what is left
         grads = [placed(next(rest), of_gradient) for _ in range(count)]
         if spec.elementwise:  # they come as backward left them: a view would cost as much as the rest of a small step
             grads = [g.view_as(weight) for g, (weight, _) in zip(grads, own)]

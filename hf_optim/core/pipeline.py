@@ -26,10 +26,6 @@ KAHAN = "residual"  # state of `precision="kahan"`
 class View:
     """Names for values: `h` (options and scalars), `s` (state) and `c` (context)."""
 
-    if TYPE_CHECKING:
-
-        def __setattr__(self, name: str, value: Any) -> None: ...
-
     def __init__(self, values: dict[str, Any]) -> None:
         vars(self).update(values)
 
@@ -70,7 +66,7 @@ class Spec:
 
     def hyper(self, values: dict[str, Any]) -> View:
         """`h`: the options as Python constants, the changing scalars as floats or 0-d tensors, and `ratio`."""
-        h = View(dict(self.static) | values)
+        h: Any = View(dict(self.static) | values)
         for flag in self.stage("ratio"):
             h.ratio = _bind(flag, h)
         return h
@@ -85,11 +81,11 @@ def _bind(flag: type[Flag], h: View) -> Callable[[Tensor, Tensor], Tensor]:
     return ratio
 
 
-def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> View:
+def read(spec: Spec, p: Tensor, g: Tensor, bufs: dict[str, Tensor], h: View) -> Any:
     """Parameter, gradient (after the gradient stage) and state in compute precision."""
     s = View({name: _load(spec, name, bufs) for name in spec.buffers})
     weight, gradient = precision.read_weight(p, bufs.get(KAHAN)), precision.read_gradient(g)
-    c = View({"p": weight, "g": gradient, "s": s, "h": h, "rule": spec.rule})
+    c: Any = View({"p": weight, "g": gradient, "s": s, "h": h, "rule": spec.rule})
     for flag in spec.stage("gradient"):
         c.g = flag.apply(c.g, c)  # type: ignore[attr-defined]
     return c

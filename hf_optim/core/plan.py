@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 from . import precision, sharding
-from .codegen import LARGE, VECTOR, Program
+from .codegen import LARGE, SPAN, VECTOR, Program
 from .pipeline import Spec
 
 
@@ -31,6 +31,7 @@ class Kind(NamedTuple):
     device: torch.device
     dense: bool  # all are contiguous, which compiled code relies on
     large: bool  # reduced, and so large that it fills the cache
+    spans: bool  # with rows of whole spans: the code is told how many, and serves any number
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Chunk:
 
     items: list[Item]
     start: int
-    fixed: list[Tensor]
+    fixed: list[Any]  # and last, if their kind has `spans`, how many make a row
     idle: list[Tensor]  # gradients of zeros that fill it up, to the number of tensors of other chunks
     program: Program
     sums: Any  # the program of what they add to those of the whole model; none for shards
@@ -178,5 +179,7 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     tensors = [weight, g, *bufs.values()]
     sizes = tuple(tuple(min(size, 2) for size in x.shape) for x in tensors)
     layouts, dtypes = tuple(map(sharding.layout, tensors)), tuple(x.dtype for x in tensors)
-    kind = Kind(sizes, layouts, dtypes, weight.device, dense, not spec.elementwise and weight.numel() >= LARGE)
+    large = not spec.elementwise and weight.numel() >= LARGE
+    spans = large and weight.is_cpu and weight.shape[-1] % SPAN == 0 and not layouts[0]
+    kind = Kind(sizes, layouts, dtypes, weight.device, dense, large, spans)
     return Item(p, state, index, offset, flat, weight, bufs, base, pointers, kept, sharding.is_sharded(p), kind)
