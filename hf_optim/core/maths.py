@@ -106,5 +106,5 @@ def with_signs(size: Tensor, packed: Tensor) -> Tensor:
 
 def _places(n: int, ref: Tensor) -> Tensor:
     """The bit of each column in the word that the bytes of its row make."""
-    column, w = torch.arange(n, dtype=torch.int32, device=ref.device), -(-n // 8)
+    column, w = torch.arange(n, dtype=torch.int32, device=ref.device), int(-(-n // 8))  # not a symbol to divide by
     return beside(1 << (column // w + 8 * (column % w)), ref)
