@@ -248,10 +248,13 @@ def _counted(kernel: Any, start: Any, stride: Any) -> Any:
 
 
 def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
-    """Keep new state ahead of what reads it, also where Inductor gives a loop the shape of another to fuse the two:
-    what the loop reads it then takes for the buffers before any write, and fuses what has to wait."""
+    """Keep new state ahead of what reads it, and behind what has to read the old, also where Inductor gives a loop the
+    shape of another to fuse the two: it then takes what the loop reads for the buffers before any write, and (2.11)
+    forgets what the loop waits for."""
+    before = node.read_writes
     recompute(node, *args, **kwargs)
-    node.set_read_writes(node.read_writes.rename(node.mutation_renames))
+    node.read_writes = before
+    node.refresh_dependencies(normalize=True, need_clear_tiling_cache=False)
 
 
 def _read_again(lowering: Any, name: str) -> None:

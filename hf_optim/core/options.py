@@ -104,12 +104,9 @@ class Option:
         word = text.strip()
         if self.optional and word.lower() in ("none", "null"):
             return None
-        value: Any = word
+        truths = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         try:
-            if self.type is bool:
-                value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[word.lower()]
-            elif self.type in (int, float):
-                value = self.type(word)
+            value = truths[word.lower()] if self.type is bool else self.type(word)
         except (KeyError, ValueError):
             raise ValueError(f"{owner}: `{self.name}` must be {self.range}, got {text!r}") from None
         return self.check(owner, value)
