@@ -129,7 +129,7 @@ class Programs:
                 return program
         if len(self.compiled) >= VARIANTS:
             raise RuntimeError(f"more than {VARIANTS} kinds of sizes")
-        if args[0].ndim > 1 and len(self.widths) < WIDTHS and int not in map(type, args):
+        if args[0].ndim > 1 and len(self.widths) < WIDTHS and not any(isinstance(x, int) for x in args):
             self.widths.add(args[0].shape[-1])
         with sharding.on_all_or_none(self.layout) as sends:
             program = self._build(args)
