@@ -155,7 +155,8 @@ class Programs:
     def _fake(self, mode: FakeTensorMode, env: ShapeEnv, x: Any, source: LocalSource) -> Any:
         """What an argument is traced as. Its sizes may differ later; not 0 and 1, those of DTensors, and `widths`."""
         if isinstance(x, int):
-            return env.create_symintnode(env.create_symbol(x, source, DimDynamic.DYNAMIC), hint=x, source=source)
+            number = env.create_symbol(x, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+            return env.create_symintnode(number, hint=x, source=source)
         sizes = [DimDynamic.STATIC if self.layout else DimDynamic.DYNAMIC] * x.ndim
         if x.ndim > 1 and x.shape[-1] in self.widths and x.shape[-1] % REGISTER == 0:
             sizes[-1] = DimDynamic.STATIC  # whole vectors: Inductor's loops would test every one of them for a tail
@@ -248,9 +249,8 @@ def _counted(kernel: Any, start: Any, stride: Any) -> Any:
 
 
 def _written_first(node: Any, *args: Any, **kwargs: Any) -> None:
-    """Keep new state ahead of what reads it, and behind what has to read the old, also where Inductor gives a loop the
-    shape of another to fuse the two: it then takes what the loop reads for the buffers before any write, and (2.11)
-    forgets what the loop waits for."""
+    """Keep new state ahead of what reads it and behind what reads the old, also where Inductor gives a loop the shape
+    of another to fuse them: it then forgets the writes before what the loop reads, and (2.11) the reads before its."""
     before = node.read_writes
     recompute(node, *args, **kwargs)
     node.read_writes = before
