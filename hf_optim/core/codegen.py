@@ -153,7 +153,7 @@ class Programs:
         return Program(last, " and ".join(g for g in guards if "storage_offset" not in g), env, before)
 
     def _fake(self, mode: FakeTensorMode, env: ShapeEnv, x: Any, source: LocalSource) -> Any:
-        """What an argument is traced as. Its sizes may differ later; not 0 and 1, those of DTensors, and `widths`."""
+        """What an argument is traced as. Numbers and sizes may differ later, not 0, 1, of DTensors, and `widths`."""
         if isinstance(x, int):
             number = env.create_symbol(x, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
             return env.create_symintnode(number, hint=x, source=source)
@@ -177,7 +177,7 @@ def _compile(graph: Graph, mode: FakeTensorMode, count: int) -> Code:
         tracing(TracingContext(mode)),
         config.patch(OPTIONS | (INT8_OPTIONS if torch.int8 in dtypes else NARROW_OPTIONS if NARROW & dtypes else {})),
         config.patch(combo_kernels=count > 1),  # on a GPU small tensors share kernels, whose launches take longer
-        config.patch(cpp_cache_precompile_headers=Programs.built > 3),  # to make them takes as long as four programs
+        config.patch(cpp_cache_precompile_headers=Programs.built > 3),  # making them takes as long as several programs
         repaired(dtypes),
         compiler_config.patch(cache_key_tag=f"{key} {inputs[0].is_cpu and pick_vec_isa()}"),  # type: ignore[attr-defined]
     ):
