@@ -32,7 +32,8 @@ def machine(device: torch.device | None = None) -> str:
     if device.type != "cpu":
         return torch.get_device_module(device).get_device_name()
     threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {vectors}, {threads} thread{'s' * (threads > 1)}"
 
 
 def environment(device: torch.device | None = None) -> dict:

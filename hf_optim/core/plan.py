@@ -46,8 +46,7 @@ class Item:
     flat: bool
     weight: Tensor
     bufs: dict[str, Tensor]
-    base: int  # address of the weight that an alias was made of: offloading replaces tensors without telling
-    pointers: list[int]  # those of its state; empty once one is gone
+    pointers: list[int]  # of weight and state, which offloading replaces without telling; none once one is gone
     kept: list[ref[Tensor]]  # that state
     sharded: bool
     kind: Kind
@@ -97,19 +96,22 @@ class Plan:
     """The calls of one step. Rebuilt when the set of gradients, a storage or a group changes."""
 
     def __init__(self, optimizer: Optimizer, scalars: list[dict[str, Tensor]]) -> None:
-        self.signature = signature(optimizer)
+        self.signature, self.idle = signature(optimizer), [p for p in optimizer.parameters() if p.grad is None]
         self.calls = _gather(optimizer, scalars)
         items = [item for call in self.calls for item in call.items]
         self.unchanged = watch(items)
         self.numel = sum(item.p.numel() for item in items)  # of all ranks: they compile together or not at all
 
     def current(self, optimizer: Optimizer) -> bool:
-        return self.signature == signature(optimizer) and self.unchanged()
+        idle = all(p.grad is None for p in self.idle)
+        return idle and self.signature == signature(optimizer) and self.unchanged()
 
 
 def watch(items: list[Item]) -> Callable[[], bool]:
     """Asks whether storage, state and gradients are as code was made for: of all at once, it is faster."""
     params, states = [item.p for item in items], [(item.state, name) for item in items for name in item.bufs]
+    pointers = [item.pointers for item in items]
+    known = [own[0] for own in pointers] + [x for own in pointers for x in own[1:]]
     grads, some_sharded = [item.given(local=True) for item in items], any(item.sharded for item in items)
     strides: Any = [[step if n > 1 else None for n, step in zip(g.shape, g.stride())] for g in grads]
     sizes: Any = [[*g.shape] for g in grads]  # guards look at type, layout, dtype and device, too
@@ -120,18 +122,16 @@ def watch(items: list[Item]) -> Callable[[], bool]:
         tensors = [*params, *[state[name] for state, name in states]]
         if some_sharded:
             given, tensors = [*map(sharding.local, given)], [sharding.local(x.detach()) for x in tensors]
-        known = [item.base for item in items] + [x for item in items for x in item.pointers]
-        return [*map(Tensor.data_ptr, tensors)] == known and seen.check(*given)
+        return all(pointers) and [*map(Tensor.data_ptr, tensors)] == known and seen.check(*given)
 
     return current
 
 
 def signature(optimizer: Optimizer) -> list[Any]:
-    """Static options of every group, parameters and state (by identity): which train, which have a gradient now."""
+    """Static options of every group; parameters (which of them train) and state, by identity: keys would be hashed."""
     static, groups, params = optimizer.static_options(), optimizer.param_groups, [*optimizer.parameters()]
     options = [([v for k, v in group.items() if k in static], len(group["params"])) for group in groups]
-    seen = [[p.requires_grad for p in params], [p.grad is None for p in params]]
-    return [options, *seen, [*map(id, params)], [*map(id, optimizer.state.values())]]  # a lookup would hash a tensor
+    return [options, [p.requires_grad for p in params], [*map(id, params)], [*map(id, optimizer.state.values())]]
 
 
 def with_gradient(optimizer: Optimizer) -> list[tuple[int, int, Tensor]]:
@@ -169,7 +169,7 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     if spec.elementwise:
         weight, g = sharding.local(weight), sharding.local(g)
         bufs = {name: sharding.local(b) for name, b in bufs.items()}
-    base, *pointers = [sharding.local(x).data_ptr() for x in (weight, *bufs.values())]
+    pointers = [sharding.local(x).data_ptr() for x in (weight, *bufs.values())]
     dense = weight.numel() > 0 and all(sharding.local(x).is_contiguous() for x in (weight, g, *bufs.values()))
     flat = spec.elementwise and dense and all(b.shape == weight.shape for b in bufs.values())
     if flat:
@@ -182,4 +182,4 @@ def make_item(spec: Spec, p: Tensor, state: dict[str, Any], index: int) -> Item:
     large = not spec.elementwise and weight.numel() >= LARGE
     spans = large and weight.is_cpu and weight.shape[-1] % SPAN == 0 and not layouts[0]
     kind = Kind(sizes, layouts, dtypes, weight.device, dense, large, spans)
-    return Item(p, state, index, offset, flat, weight, bufs, base, pointers, kept, sharding.is_sharded(p), kind)
+    return Item(p, state, index, offset, flat, weight, bufs, pointers, kept, sharding.is_sharded(p), kind)
