@@ -229,8 +229,8 @@ def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) 
     line = load_line(kernel, var, index, dtype, *args)
     if index == 0 or os.name == "nt":  # a buffer of the loop; another compiler
         return line
-    ahead = f"{var} + {cexpr_index(index)} + {AHEAD // dtype.itemsize}"
-    return f"[&]{{ __builtin_prefetch({ahead}); return {line}; }}()"
+    ahead = AHEAD // dtype.itemsize // (1 if kernel.tiling_idx == len(kernel.itervars) - 1 else 4)  # many rows fill L1
+    return f"[&]{{ __builtin_prefetch({var} + {cexpr_index(index)} + {ahead}); return {line}; }}()"
 
 
 def _in_parts(kernel: Any, kind: str, dtype: torch.dtype, use_scalar: bool) -> bool:
