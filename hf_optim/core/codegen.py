@@ -229,7 +229,8 @@ def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) 
     line = load_line(kernel, var, index, dtype, *args)
     if index == 0 or os.name == "nt":  # a buffer of the loop; another compiler
         return line
-    ahead = AHEAD // dtype.itemsize // (1 if kernel.tiling_idx == len(kernel.itervars) - 1 else 4)  # many rows fill L1
+    stride = index.coeff(kernel.itervars[-1])  # of long rows, if columns are read: so much of all would not fit in L1
+    ahead = AHEAD // dtype.itemsize // (1 if stride.is_number and stride < SPAN else 4)
     return f"[&]{{ __builtin_prefetch({var} + {cexpr_index(index)} + {ahead}); return {line}; }}()"
 
 

@@ -91,9 +91,8 @@ def write_early(graph: Graph) -> None:
     A step has one more loop over the weight than it has reductions that wait for each other: every one of them would
     compute the new state from the old. State that no reduction needs waits for the last loop, which reads all of it.
     """
-    nodes = list(graph.nodes)
+    nodes, needed = list(graph.nodes), set[Node]()
     place = {node: i for i, node in enumerate(nodes)}
-    needed = set[Node]()
     for node in reversed(nodes):
         if node in needed or _is_reduction(node):
             needed |= {node, *node.all_input_nodes}

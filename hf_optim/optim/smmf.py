@@ -74,7 +74,7 @@ def matrix(shape, h):
 
 
 def factors(*xs):
-    """Row sums, and column sums over the total; totals in one temporary, of which a small step is mostly made."""
+    """Row sums, and column sums over the total. Short totals share a temporary: small steps are made of those."""
     cols = [summed(x, 0) for x in xs]
-    totals = torch.stack(cols).sum(1)
+    totals = torch.stack(cols).sum(1) if cols[0].shape[0] <= 24 else [col.sum() for col in cols]
     return [(x.sum(1), col / total.where(total > 0, 1.0)) for x, col, total in zip(xs, cols, totals)]
