@@ -99,8 +99,8 @@ def with_signs(size: Tensor, packed: Tensor) -> Tensor:
         word = functools.reduce(torch.add, (back(packed[:, j : j + 1], places) * 256**j for j in range(w)))
         bits = word.bitwise_and(places)
     else:
-        places = 1 << (torch.arange(8 * w, dtype=torch.int32, device=size.device) // w)
-        bits = packed.int().unsqueeze(1).bitwise_and(beside(places.view(8, w), size)).flatten(1)
+        places = back(1 << (torch.arange(8 * w, dtype=torch.int32, device=size.device) // w), packed)
+        bits = back(packed.unsqueeze(1).bitwise_and(beside(places.view(8, w), size)).flatten(1), size)
     return torch.where((bits if bits.shape[1] == n else bits[:, :n]) > 0, size, -size)
 
 
