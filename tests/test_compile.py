@@ -8,6 +8,7 @@ generation takes ten.
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from conftest import advance, fill_grads, loss_at, make_params, slow_but
 from engine import BF16, as_compiled, bits, brisk, build, everything, flags_on, frozen, moments, rich
 from ranks import launch
 from torch._dynamo.utils import counters
+from torch._inductor import config, cpu_vec_isa
 from torch._inductor.codegen.cpp import CppKernel
 from torch._inductor.cpu_vec_isa import VecAMX, VecAVX2, VecAVX512
 from torch._inductor.output_code import OutputCode
 from torch._inductor.scheduler import Scheduler
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import hf_optim
 from hf_optim.core import codegen, execute, plan
@@ -410,6 +412,20 @@ def test_the_compiler_is_not_given_loops_that_nothing_reads(monkeypatch):
     with fresh_cache():
         compare_with_inductor("adamw", [(24, 64)], dtype=BF16, precision="kahan")
     assert used[0] >= 4 and given[0] <= used[0] + 1  # three times as many: every value made from what is written
+
+
+@pytest.mark.skipif(not cpu_vec_isa.pick_vec_isa(), reason="needs a CPU with vectors that Inductor knows")
+@pytest.mark.skipif(os.name == "nt", reason="fetches nothing ahead")
+def test_vectors_are_filled_and_fetched_as_a_cpu_is_good_at():
+    fresh()
+    optimizer, params = build("smmf", [(256, 1024)], BF16, backend="fused")
+    fill_grads(params, seed=1)
+    with config.patch(force_disable_caches=True):
+        code = "".join(run_and_get_code(optimizer.step)[1])
+    assert not execute._broken and "convert<float,2,uint8_t,1>" in code
+    assert "convert<int32_t,2,uint8_t,1>" not in code  # entry by entry through memory: twice as long a step
+    ahead = re.findall(r"prefetch\(in_ptr\d+ \+ .*? \+ (\d+)\); return at::vec::Vectorized<at::BFloat16>", code)
+    assert {*map(int, ahead)} == {codegen.AHEAD // 2, codegen.AHEAD // 8}  # along rows, and down columns
 
 
 def test_vector_instructions_are_tried_out_until_they_work(monkeypatch):
