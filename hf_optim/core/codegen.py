@@ -229,7 +229,7 @@ def _fetched(kernel: Any, var: str, index: Any, dtype: torch.dtype, *args: Any) 
     line = load_line(kernel, var, index, dtype, *args)
     if index == 0 or os.name == "nt":  # a buffer of the loop; another compiler
         return line
-    stride = index.coeff(kernel.itervars[-1])  # a long one leads to the next row: 2 KiB ahead of many would fill L1
+    stride = index.coeff(kernel.itervars[-1])  # a long one leads to the next row: of many, so much would fill L1
     ahead = AHEAD // dtype.itemsize // (1 if stride.is_number and stride < SPAN else 4)
     return f"[&]{{ __builtin_prefetch({var} + {cexpr_index(index)} + {ahead}); return {line}; }}()"
 
